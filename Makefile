@@ -1,0 +1,43 @@
+# Every target does the set-up that it needs. PYTHON picks the interpreter that the environment is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+
+.PHONY: setup bench test lint types wheel oracle coverage clean
+
+setup: $(READY)
+
+# torch comes first and pinned: resolved freely, pip would take a build with gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+bench: $(READY)
+	$(BIN)/python -m fastdiff.bench
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest
+
+# The whole product of the scheduler matrix (hours of cells that `make test` samples pairwise).
+oracle: $(READY)
+	$(BIN)/python -m tests.oracle --full --out reports/oracle
+
+coverage: $(READY)
+	$(BIN)/python -m tests.oracle --coverage reports/coverage.md
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+clean:
+	rm -rf $(VENV) dist build .cache .mypy_cache .pytest_cache .ruff_cache

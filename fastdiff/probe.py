@@ -1,0 +1,773 @@
+"""A diffusers scheduler -> StepTable, by feeding its own `step()` one-hot basis tensors and reading the rows off.
+
+No sampler's maths is written here. A pristine copy of the scheduler is stepped once per row; the sample, the model
+output, every latent-shaped tensor that the scheduler holds, every noise draw and every clamped x0 is a fresh basis
+vector, so what comes out is the row. The table is then proved against the scheduler on random tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from fastdiff.errors import NotLinear
+from fastdiff.table import Draw, StepTable, TableCache, prune
+
+aten = torch.ops.aten
+
+PROOF_TOLERANCE = 1e-9
+PROOF_SHAPE = (2, 5, 3, 4)  # [B, C, H, W], all different
+PROOF_SCALES = (0.05, 20.0)  # per batch element: a clamp or threshold shows at one of them
+
+_BROWNIAN = (
+    "its noise comes from a Brownian tree over sigmas, not from a generator",
+    "DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++' draws ordinary noise",
+)
+_TOKENS = ("it samples discrete tokens, not latents", "run its own pipeline")
+_ARGUMENTS = ("its step() needs tensors beyond the sample and the model output", "step it directly")
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "DPMSolverSDEScheduler": _BROWNIAN,
+    "CosineDPMSolverMultistepScheduler": _BROWNIAN,
+    "AmusedScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "ScoreSdeVeScheduler": ("its corrector divides by norms of latents", "EulerAncestralDiscreteScheduler"),
+    "CogVideoXDPMScheduler": (
+        "its step() takes the previous x0 as an argument and draws noise that it throws away",
+        "CogVideoXDDIMScheduler",
+    ),
+    "RePaintScheduler": _ARGUMENTS,
+    "HeliosDMDScheduler": ("its step() takes the re-noising tensors as arguments", "StepTable.renoise"),
+    "PiflowScheduler": ("its model output holds one latent per policy grid point", "step it directly"),
+    "RFD4ProteinaScheduler": _ARGUMENTS,
+    "KarrasVeScheduler": ("its step() takes sigmas and adds noise in a call of its own", "HeunDiscreteScheduler"),
+    "DDPMWuerstchenScheduler": ("its step() takes a timestep per sample", "DDPMScheduler"),
+    "ScoreSdeVpScheduler": ("it has step_pred() and no step()", "DDPMScheduler"),
+}
+
+# What each prediction type calls the model output, in terms of (x0, eps), given x_t = alpha x0 + sigma eps.
+PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    "epsilon": lambda alpha, sigma: (0.0, 1.0),
+    "sample": lambda alpha, sigma: (1.0, 0.0),
+    "v_prediction": lambda alpha, sigma: (-sigma, alpha),
+    "flow_prediction": lambda alpha, sigma: (-1.0, 1.0),
+}
+
+_RESERVED = ("generator", "return_dict", "model_output", "timestep", "sample", "variance_noise", "device")
+_SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index"})
+
+cache = TableCache()
+"""Tables by scheduler and arguments; `fastdiff.table_cache.info()` counts."""
+
+
+def tabulate(
+    scheduler: Any,
+    num_inference_steps: int | None = None,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
+    begin_index: int = 0,
+    **kwargs: Any,
+) -> StepTable:
+    """The pruned, proved and cached table of `scheduler` for one schedule. The scheduler is never changed.
+
+    `timesteps`, `sigmas` and `mu` go to `set_timesteps` as diffusers' pipelines pass them; `begin_index` drops the rows
+    before it (img2img). `kwargs` go by name to `set_timesteps` or `step`, whichever takes them (`eta`, `s_churn`,
+    `original_inference_steps`, ...). Safe to call from many threads; each table is built once.
+
+    Raises NotLinear where no table exists, TypeError for a name that neither method takes, and whatever diffusers
+    itself raises for a schedule that it refuses.
+    """
+    schedule = _Schedule.of(scheduler, num_inference_steps, timesteps, sigmas, mu, begin_index, kwargs)
+    return cache.get((_fingerprint(scheduler), schedule.key), lambda: prune(probe(scheduler, schedule)))
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """The arguments of one tabulation, sorted by the method that takes them."""
+
+    set_timesteps: dict[str, Any]
+    step: dict[str, Any]
+    begin_index: int
+
+    @classmethod
+    def of(
+        cls, scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None, mu: float | None, begin_index: int, kwargs: dict[str, Any],
+    ) -> _Schedule:  # fmt: skip
+        name = type(scheduler).__name__
+        if name in REFUSED:
+            why, instead = REFUSED[name]
+            raise NotLinear(f"{name} is not a table: {why}. Use instead: {instead}.")
+        if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
+            raise TypeError(f"expected a diffusers scheduler, got {name}")
+        wanted = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+        named = {key: value for key, value in wanted.items() if value is not None} | kwargs
+        schedule_names, step_names = _named_parameters(type(scheduler))
+        to_set_timesteps, to_step = {}, {}
+        for key, value in named.items():
+            if key in _RESERVED or (key not in schedule_names and key not in step_names):
+                offered = sorted((schedule_names | step_names) - set(_RESERVED) - {"num_inference_steps"})
+                raise TypeError(f"{name} takes no {key!r}; it takes {', '.join(offered)}")
+            (to_set_timesteps if key in schedule_names else to_step)[key] = value
+        if num_inference_steps is not None:
+            to_set_timesteps["num_inference_steps"] = num_inference_steps
+        if not isinstance(begin_index, numbers.Integral) or begin_index < 0:
+            raise ValueError(f"begin_index: expected an integer >= 0, got {begin_index!r}")
+        return cls(to_set_timesteps, to_step, int(begin_index))
+
+    @property
+    def key(self) -> Hashable:
+        return _freeze(self.set_timesteps), _freeze(self.step), self.begin_index
+
+
+_parameters: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
+
+
+def _named_parameters(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+    """The parameter names of a scheduler class's `set_timesteps` and `step`; inspect.signature costs 20 us a call."""
+    if cls not in _parameters:
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        _parameters[cls] = tuple(  # type: ignore[assignment]  # a tuple of two, built in a loop
+            frozenset(key for key, p in inspect.signature(method).parameters.items() if p.kind in named) - {"self"}
+            for method in (cls.set_timesteps, cls.step)  # type: ignore[attr-defined]  # checked by _Schedule.of
+        )
+    return _parameters[cls]
+
+
+def _freeze(value: Any) -> Hashable:
+    """A hashable stand-in that is equal exactly when the contents are."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), value.detach().cpu().contiguous().numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return tuple((key, _freeze(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *map(_freeze, value)
+    if isinstance(value, Hashable):
+        return type(value).__name__, value  # 1, 1.0 and True are different arguments
+    return repr(value)
+
+
+def _fingerprint(scheduler: Any) -> Hashable:
+    """What a scheduler's rows depend on: class, config items, scalars and the tables edited after construction.
+
+    What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
+    """
+    attributes = tuple(
+        (key, _freeze(value))
+        for key, value in vars(scheduler).items()
+        if key not in _SET_BY_SET_TIMESTEPS
+        and (
+            isinstance(value, (int, float, str, bool)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2)
+        )
+    )
+    config = tuple((key, _freeze(value)) for key, value in scheduler.config.items() if not key.startswith("_"))
+    return type(scheduler), config, attributes
+
+
+def pristine(scheduler: Any) -> Any:
+    """A copy to step: without its latents, on the CPU, its config attributes reset to the config's items.
+
+    Not `from_config`, which loses `set_shift` and edited alphas; and not a plain deepcopy, which keeps what an earlier
+    `set_timesteps(mu=)` wrote into the config's attributes.
+    """
+    copied = copy.copy(scheduler)
+    for key, value in vars(scheduler).items():
+        setattr(copied, key, _pristine_value(value))
+    return copied
+
+
+def _pristine_value(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None if value.ndim > 1 else value.detach().to("cpu", copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(map(_pristine_value, value))
+    if _is_scheduler(value):
+        return pristine(value)
+    if type(value).__name__ == "FrozenDict":
+        return type(value)(copy.deepcopy(dict(value)))
+    return copy.deepcopy(value)
+
+
+def _is_scheduler(value: Any) -> bool:
+    return hasattr(value, "set_timesteps") and hasattr(value, "step")
+
+
+@dataclass(frozen=True)
+class _Latent:
+    """A latent-shaped tensor inside a scheduler: where it is, and how to replace it."""
+
+    path: str
+    value: Tensor
+    put: Callable[[Tensor], None]
+
+
+def _latents(holder: Any, shape: torch.Size, prefix: str = "") -> Iterator[_Latent]:
+    """Every tensor of `shape` in the scheduler's attributes, its lists and its nested schedulers, in a fixed order."""
+    if isinstance(holder, (list, dict)):
+        entries = list(enumerate(holder) if isinstance(holder, list) else holder.items())
+        for key, value in entries:
+
+            def put_item(tensor: Tensor, key: Any = key) -> None:
+                holder[key] = tensor
+
+            yield from _latent_or_inside(value, shape, f"{prefix}[{key!r}]", put_item)
+    else:
+        for key, value in list(vars(holder).items()):
+
+            def put_attribute(tensor: Tensor, key: str = key) -> None:
+                setattr(holder, key, tensor)
+
+            yield from _latent_or_inside(value, shape, f"{prefix}.{key}".lstrip("."), put_attribute)
+
+
+def _latent_or_inside(
+    value: Any, shape: torch.Size, path: str, put: Callable[[Tensor], None]
+) -> Iterator[_Latent]:
+    if isinstance(value, Tensor):
+        if value.shape == shape:
+            yield _Latent(path, value, put)
+    elif type(value) in (list, dict) or _is_scheduler(value):
+        yield from _latents(value, shape, path)
+
+
+# What a scheduler may do to a latent and stay linear; anything else is remembered as the first suspect.
+_LINEAR = {
+    aten.add, aten.sub, aten.rsub, aten.neg, aten.clone, aten.detach, aten.alias, aten.lift_fresh, aten._to_copy,
+    aten.view, aten._unsafe_view, aten._reshape_alias, aten.unsqueeze, aten.squeeze, aten.expand, aten.permute,
+    aten.transpose, aten.t, aten.stack, aten.cat, aten.select, aten.slice, aten.split, aten.unbind, aten.sum,
+    aten.zeros_like, aten.empty_like, aten.copy_, aten.add_, aten.sub_, aten.zero_, aten.repeat, aten.new_zeros,
+    aten.new_empty, aten.split_with_sizes, aten.chunk, aten.positive,
+}  # fmt: skip
+_BILINEAR = {aten.mul, aten.mul_, aten.bmm, aten.mm, aten.matmul, aten.einsum, aten.lerp, aten.addcmul, aten.where}
+_QUOTIENT = {aten.div, aten.div_}
+_NORMAL = {aten.randn, aten.randn_like, aten.normal, aten.normal_, aten.normal_functional}
+_OTHER_NOISE = {
+    aten.rand, aten.rand_like, aten.uniform, aten.uniform_, aten.bernoulli, aten.bernoulli_, aten.multinomial,
+    aten.randint, aten.randint_like, aten.randperm, aten.exponential_, aten.geometric_, aten.cauchy_,
+}  # fmt: skip
+_CLAMP = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.clamp_, aten.clip}
+
+
+class _Interception(TorchDispatchMode):
+    """Answers the noise draws and clamps of one `step()`, keeps latents in float64, notes the first non-linear op.
+
+    Per thread by construction; nothing of torch or diffusers is patched.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        draw: Callable[[torch.Size, torch.dtype], Tensor],
+        clamp: Callable[[Tensor, float, float], Tensor],
+    ) -> None:
+        super().__init__()
+        self.shape, self.draw, self.clamp = shape, draw, clamp
+        self.suspect: str | None = None
+
+    def is_latent(self, value: Any) -> bool:
+        return (
+            isinstance(value, Tensor)
+            and value.dtype == torch.float64
+            and value.ndim >= len(self.shape)
+            and value.shape[-1] == self.shape[-1]
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, op = kwargs or {}, func.overloadpacket
+        if op in _OTHER_NOISE:
+            raise NotLinear(f"it draws {op.__name__} noise, and only normal noise can be drawn ahead{_where()}")
+        if op in _NORMAL:
+            like = args[0] if isinstance(args[0], Tensor) else None
+            size = like.shape if like is not None else torch.Size(args[0] if op is aten.randn else args[2])
+            default = like.dtype if like is not None else torch.get_default_dtype()
+            return self.draw(size, kwargs.get("dtype") or default)
+        if op in _CLAMP and self.is_latent(args[0]):
+            return self._clamp(op, args, kwargs)
+        if op is aten._to_copy and self.is_latent(args[0]):
+            dtype = kwargs.get("dtype")
+            if dtype is not None and dtype.is_floating_point:
+                return args[0].clone()
+        self._suspect(op, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _clamp(self, op: Any, args: Any, kwargs: Any) -> Tensor:
+        sides = {aten.clamp_min: ("min",), aten.clamp_max: ("max",)}.get(op, ("min", "max"))
+        bounds = dict(zip(sides, args[1:], strict=False)) | kwargs
+        lo, hi = (bounds.get(side) for side in ("min", "max"))
+        if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in (lo, hi)):
+            raise NotLinear(f"it clamps latents by bounds that depend on them{_where()}")
+        return self.clamp(args[0], -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi))
+
+    def _suspect(self, op: Any, args: Any, kwargs: Any) -> None:
+        if self.suspect is not None:
+            return
+        latents = sum(self.is_latent(value) for value in tree_flatten((args, kwargs))[0])
+        if not latents or op in _LINEAR:
+            return
+        if (op in _BILINEAR and latents == 1) or (op in _QUOTIENT and not self.is_latent(args[1])):
+            return
+        self.suspect = f"{op.__name__} on a latent{_where()}"
+
+
+def _where() -> str:
+    """The innermost frame outside torch and this file, as ` (function, file:line)`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if filename != __file__ and "/torch/" not in filename:
+            return f" ({frame.f_code.co_name}, {filename.rsplit('/', 1)[-1]}:{frame.f_lineno})"
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return ""
+
+
+@dataclass
+class _Trace:
+    """What one `step()` did on a basis: [latents at the row's start..., model output, then draws and phi]."""
+
+    draws: list[Draw] = field(default_factory=list)
+    noise: list[int] = field(default_factory=list)  # basis index of each draw
+    phi: int | None = None  # basis index of the clamped prediction
+    r: np.ndarray | None = None  # what was clamped
+    lo: float = -math.inf
+    hi: float = math.inf
+    sample: np.ndarray = field(default_factory=lambda: np.empty(0))  # [W]: the next sample
+    x0: np.ndarray | None = None  # [W]: the x0 prediction in the output
+    converted: np.ndarray | None = None  # [W]: what convert_model_output made of the model output, if that is x0
+
+
+@dataclass
+class _Row:
+    """One probed row."""
+
+    timestep: Tensor
+    c_in: float
+    start: tuple[str, ...]  # names of the latents at the row's start, the sample first
+    end: tuple[str, ...]
+    images: np.ndarray  # [len(end), W]: each latent after the step
+    trace: _Trace
+    x0: np.ndarray | None
+    x0_source: str | None
+
+
+class _Stepper:
+    """A pristine scheduler after `set_timesteps`, and the one way in which its rows are walked."""
+
+    def __init__(self, scheduler: Any, schedule: _Schedule) -> None:
+        self.name = type(scheduler).__name__
+        self.scheduler = pristine(scheduler)
+        self.step_kwargs = dict(schedule.step)
+        if getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range"):
+            raise NotLinear(
+                f"{self.name} with variance_type={self.scheduler.config.variance_type!r} is not a table: the model "
+                "predicts the variance. Use instead: variance_type='fixed_small'."
+            )
+        set_timesteps = dict(schedule.set_timesteps)
+        if "device" in _named_parameters(type(scheduler))[0]:
+            set_timesteps["device"] = "cpu"
+        self.scheduler.set_timesteps(**set_timesteps)
+        if schedule.begin_index >= len(self.scheduler.timesteps):
+            raise ValueError(
+                f"begin_index: expected less than the schedule's {len(self.scheduler.timesteps)} rows, "
+                f"got {schedule.begin_index}"
+            )
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(schedule.begin_index)
+        self.timesteps = self.scheduler.timesteps[schedule.begin_index :]
+        self.takes_return_dict = "return_dict" in inspect.signature(self.scheduler.step).parameters
+
+    def scale(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return sample
+        return self.scheduler.scale_model_input(sample, timestep)  # type: ignore[no-any-return]
+
+    def step(
+        self, sample: Tensor, timestep: Tensor, model_output: Tensor, scheduler: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next sample, and the x0 prediction if the output carries one; of a fork where one is given."""
+        scheduler = scheduler or self.scheduler
+        if self.takes_return_dict:
+            output = scheduler.step(model_output, timestep, sample, **self.step_kwargs, return_dict=True)
+        else:
+            output = scheduler.step(model_output, timestep, sample, **self.step_kwargs)
+        if isinstance(output, tuple):
+            return output[0], None
+        x0 = getattr(output, "pred_original_sample", None)
+        return output.prev_sample, x0 if x0 is not None else getattr(output, "denoised", None)
+
+
+def probe(scheduler: Any, schedule: _Schedule) -> StepTable:
+    """The full table, unpruned: every latent that the scheduler holds, named by its attribute; proved."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        rows, suspect, init_noise_sigma = _probe_rows(scheduler, schedule)
+        table = _assemble(rows, type(scheduler).__name__, init_noise_sigma)
+        _prove(table, scheduler, schedule, suspect)
+    return table
+
+
+def _probe_rows(scheduler: Any, schedule: _Schedule) -> tuple[list[_Row], str | None, float]:
+    width = 32
+    while True:
+        try:
+            stepper = _Stepper(scheduler, schedule)
+            prober = _Prober(stepper, width)
+            rows: list[_Row] = []
+            for timestep in stepper.timesteps:
+                if rows and timestep == 0 and len(rows) == getattr(stepper.scheduler, "num_inference_steps", -1):
+                    break  # a schedule that ends with the time it arrives at (SCM), not the one it leaves from
+                rows.append(prober.row(timestep))
+            return rows, prober.suspect, float(getattr(stepper.scheduler, "init_noise_sigma", 1.0))
+        except _BasisExhausted:
+            width *= 2
+
+
+class _BasisExhausted(Exception):
+    """A row needs more basis vectors than there are; probed again with twice as many."""
+
+
+class _Prober:
+    """Reads rows off a stepper, one at a time, with `width` basis vectors."""
+
+    def __init__(self, stepper: _Stepper, width: int) -> None:
+        self.stepper, self.width = stepper, width
+        self.shape = torch.Size((1, 1, 1, width))  # steps are elementwise, so the last dimension holds the basis
+        self.suspect: str | None = None
+        self._eye = torch.eye(width, dtype=torch.float64)
+        self._next = 0
+
+    def _basis(self) -> Tensor:
+        if self._next == self.width:
+            raise _BasisExhausted
+        self._next += 1
+        return self._eye[self._next - 1].clone().view(self.shape)
+
+    def _read(self, tensor: Tensor) -> np.ndarray:
+        if tensor.shape != self.shape:
+            raise NotLinear(
+                f"{self.stepper.name} is not a table: it changes the shape of its latents from "
+                f"{tuple(self.shape)} to {tuple(tensor.shape)}. Use instead: options that keep it."
+            )
+        return tensor.detach().double().flatten().numpy()
+
+    def row(self, timestep: Tensor) -> _Row:
+        """Step once; the row is what the outputs hold of each basis vector."""
+        self._next = 0
+        scheduler = self.stepper.scheduler
+        sample = self._basis()
+        held = list(_latents(scheduler, self.shape))
+        for latent in held:
+            latent.put(self._basis())
+        model_output = self._basis()
+        with _Interception(self.shape, self._no_draw, self._no_clamp):
+            scaled = self._read(self.stepper.scale(sample, timestep))
+        if scaled[1:].any():
+            raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input is no scaling of the sample")
+        before = _fork(scheduler)
+        trace = self._step(scheduler, sample, timestep, model_output)
+        latents = list(_latents(scheduler, self.shape))
+        if trace.x0 is not None:
+            x0, x0_source = trace.x0, "output"
+        elif trace.converted is not None:
+            x0, x0_source = trace.converted, "convert_model_output"
+        else:
+            x0 = self._step_to_zero(before, sample, timestep, model_output, trace)
+            x0_source = "sigma" if x0 is not None else None
+        return _Row(
+            timestep=timestep,
+            c_in=float(scaled[0]),
+            start=("sample", *(latent.path for latent in held)),
+            end=("sample", *(latent.path for latent in latents)),
+            images=np.stack([trace.sample, *(self._read(latent.value) for latent in latents)]),
+            trace=trace,
+            x0=x0,
+            x0_source=x0_source,
+        )
+
+    def _step(self, scheduler: Any, sample: Tensor, timestep: Tensor, model_output: Tensor) -> _Trace:
+        trace, given = _Trace(), self._next
+
+        def draw(size: torch.Size, dtype: torch.dtype) -> Tensor:
+            if size != self.shape:
+                raise NotLinear(f"{self.stepper.name} is not a table: its noise has another shape than its latents")
+            trace.draws.append(None if dtype == torch.float64 else dtype)
+            trace.noise.append(self._next)
+            return self._basis()
+
+        def clamp(value: Tensor, lo: float, hi: float) -> Tensor:
+            r = self._read(value)
+            if trace.phi is not None or r[given:].any():
+                what = "clamps twice in a row" if trace.phi is not None else "clamps a noisy latent"
+                raise NotLinear(f"{self.stepper.name} is not a table: it {what}{_where()}")
+            trace.phi, trace.r, trace.lo, trace.hi = self._next, r, lo, hi
+            return self._basis()
+
+        convert = getattr(scheduler, "convert_model_output", None)
+        if convert is not None:
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                converted = convert(*args, **kwargs)
+                if trace.converted is None and isinstance(converted, Tensor) and self._is_x0(scheduler, converted):
+                    trace.converted = self._read(converted)
+                return converted
+
+            scheduler.convert_model_output = watched  # on this copy alone
+        try:
+            with _Interception(self.shape, draw, clamp) as interception:
+                following, x0 = self.stepper.step(sample, timestep, model_output, scheduler)
+        finally:
+            if convert is not None:
+                del scheduler.convert_model_output
+        self.suspect = self.suspect or interception.suspect
+        trace.sample = self._read(following)
+        trace.x0 = None if x0 is None else self._read(x0)
+        return trace
+
+    def _is_x0(self, scheduler: Any, converted: Tensor) -> bool:
+        """Whether `convert_model_output` predicts x0: it must undo the scheduler's own `add_noise` exactly.
+
+        The same method predicts eps instead under algorithm_type="dpmsolver" or predict_x0=False.
+        """
+        if converted.shape != self.shape or scheduler.config.get("prediction_type") not in PREDICTIONS:
+            return False
+        index = scheduler.timesteps[scheduler.step_index].reshape(1)
+        clean, eps = (self._eye[i].clone().view(self.shape) for i in range(2))
+        alpha, sigma = self._read(scheduler.add_noise(clean, eps, index))[:2]
+        on_clean, on_eps = PREDICTIONS[scheduler.config.prediction_type](alpha, sigma)
+        weights = self._read(converted)
+        on_sample, on_output = weights[0], weights[weights.nonzero()[0].max(initial=0)]
+        if not weights[1:].any():  # prediction_type="sample" may drop the sample, the rest may not drop the output
+            on_output = 0.0
+        elif on_output is on_sample or len(weights.nonzero()[0]) > 2:
+            return False
+        return bool(
+            math.isclose(on_sample * alpha + on_output * on_clean, 1.0, abs_tol=1e-4)
+            and math.isclose(on_sample * sigma + on_output * on_eps, 0.0, abs_tol=1e-4)
+        )
+
+    def _step_to_zero(
+        self, scheduler: Any, sample: Tensor, timestep: Tensor, model_output: Tensor, trace: _Trace
+    ) -> np.ndarray | None:
+        """The sample after the same step taken to sigma 0, which is x0 where the step has no memory and no noise.
+
+        Flow-matching schedulers return no x0 and have no `convert_model_output`; previews and DMD need it.
+        """
+        sigmas, index = getattr(scheduler, "sigmas", None), getattr(self.stepper.scheduler, "step_index", None)
+        if not isinstance(sigmas, Tensor) or index is None or index >= len(sigmas):
+            return None
+        scheduler.sigmas = sigmas.clone()
+        scheduler.sigmas[index] = 0.0
+        self._next = given = self._next - len(trace.draws) - (trace.phi is not None)
+        zeroed = self._step(scheduler, sample, timestep, model_output)
+        x0, phi = zeroed.sample, np.zeros(self.width)
+        if zeroed.phi is not None:
+            if trace.phi is None or trace.r is None or zeroed.r is None or not np.array_equal(zeroed.r, trace.r):
+                return None
+            phi[trace.phi] = x0[zeroed.phi]
+        memoryless = not x0[1 : given - 1].any() and not x0[zeroed.noise].any() and np.isfinite(x0).all()
+        kept = np.zeros(self.width)
+        kept[0], kept[given - 1] = x0[0], x0[given - 1]
+        return kept + phi if memoryless else None
+
+    def _no_draw(self, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input draws noise")
+
+    def _no_clamp(self, value: Tensor, lo: float, hi: float) -> Tensor:
+        raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input clamps the sample")
+
+
+def _fork(scheduler: Any) -> Any:
+    """A copy whose next step leaves the original alone: attributes and lists copied, tensors shared."""
+    forked = copy.copy(scheduler)
+    for key, value in vars(scheduler).items():
+        if type(value) is list:
+            setattr(forked, key, list(value))
+        elif _is_scheduler(value):
+            setattr(forked, key, _fork(value))
+    return forked
+
+
+def _assemble(rows: list[_Row], source: str, init_noise_sigma: float) -> StepTable:
+    """Rows over bases of their own -> one table: every row padded to K latents and Z draws."""
+    count = len(rows)
+    K = max(len(names) for row in rows for names in (row.start, row.end))
+    Z = max(len(row.trace.draws) for row in rows)
+    A, b, d = np.zeros((count, K, K)), np.zeros((count, K)), np.zeros((count, K))
+    C, r, x0_row = np.zeros((count, K, Z)), np.zeros((count, K + 1)), np.zeros((count, K + 2 + Z))
+    sources = {row.x0_source for row in rows}
+    x0_source = sources.pop() if len(sources) == 1 else None
+    for i, row in enumerate(rows):
+        if i and rows[i - 1].end != row.start:
+            raise NotLinear(f"{source} is not a table: its latents change between two steps")
+        given, end, trace = len(row.start), len(row.end), row.trace
+        A[i, :end, :given] = row.images[:, :given]
+        b[i, :end] = row.images[:, given]
+        C[i, :end, : len(trace.noise)] = row.images[:, trace.noise]
+        if trace.phi is not None and trace.r is not None:
+            d[i, :end] = row.images[:, trace.phi]
+            r[i, :given], r[i, K] = trace.r[:given], trace.r[given]
+        if x0_source and row.x0 is not None:
+            x0_row[i, :given], x0_row[i, K] = row.x0[:given], row.x0[given]
+            x0_row[i, K + 1] = 0.0 if trace.phi is None else row.x0[trace.phi]
+            x0_row[i, K + 2 : K + 2 + len(trace.noise)] = row.x0[trace.noise]
+    return StepTable(
+        timesteps=torch.stack([row.timestep for row in rows]),
+        c_in=torch.tensor([row.c_in for row in rows], dtype=torch.float64),
+        A=torch.from_numpy(A), b=torch.from_numpy(b), d=torch.from_numpy(d), C=torch.from_numpy(C),
+        r=torch.from_numpy(r),
+        lo=torch.tensor([row.trace.lo for row in rows], dtype=torch.float64),
+        hi=torch.tensor([row.trace.hi for row in rows], dtype=torch.float64),
+        x0_row=torch.from_numpy(x0_row) if x0_source else torch.zeros(0, 0, dtype=torch.float64),
+        init_noise_sigma=init_noise_sigma,
+        draws=tuple(tuple(row.trace.draws) for row in rows),
+        latents=(*(row.start for row in rows), rows[-1].end),
+        x0_source=x0_source,
+        source=source,
+    )  # fmt: skip
+
+
+def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str | None) -> None:
+    """Walk the real scheduler and the table side by side on random tensors; they must agree to PROOF_TOLERANCE."""
+    stepper = _Stepper(scheduler, schedule)
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor(PROOF_SCALES, dtype=torch.float64).view(-1, 1, 1, 1)
+
+    def normal() -> Tensor:
+        return torch.randn(PROOF_SHAPE, generator=generator, dtype=torch.float64)
+
+    noise: list[Tensor] = []
+
+    def draw(size: torch.Size, dtype: torch.dtype) -> Tensor:
+        noise.append(normal() * scales)
+        return noise[-1]
+
+    sample = normal() * scales * table.init_noise_sigma
+    state = table.init(sample)
+    error = 0.0
+    for row, timestep in enumerate(stepper.timesteps[: len(table)]):
+        model_output = normal() * scales
+        noise.clear()
+        with _Interception(sample.shape, draw, torch.clamp):
+            scaled = stepper.scale(sample, timestep)
+            following, x0 = stepper.step(sample, timestep, model_output)
+        if len(noise) != len(table.draws[row]) or following.shape != sample.shape:
+            error = math.inf
+            break
+        pairs = [(scaled, table.model_input(row, state))]
+        if x0 is not None and table.x0_source == "output":
+            pairs.append((x0, table.x0(row, state, model_output, noise)))
+        state = table.advance(row, state, model_output, noise)
+        sample = following
+        pairs.append((sample, state[0]))
+        error = max(error, *(_relative_error(expected, got) for expected, got in pairs))
+    if not error <= PROOF_TOLERANCE:
+        options = [
+            f"{option}=True"
+            for option in ("thresholding", "clip_sample")
+            if getattr(stepper.scheduler.config, option, False)
+        ]
+        cause = suspect or "a step that depends on more than its latents"
+        raise NotLinear(
+            f"{type(scheduler).__name__} is not a table: {cause}; its rows are off by {error:.1e} "
+            f"(allowed {PROOF_TOLERANCE:.0e}). Use instead: "
+            + (f"the scheduler without {options[0]}." if options else "the scheduler's own step().")
+        )
+
+
+def _relative_error(expected: Tensor, got: Tensor) -> float:
+    """Largest error over largest reference, the worst batch element's."""
+    expected, got = expected.flatten(1), got.flatten(1)
+    return float(((expected - got).abs().amax(1) / expected.abs().amax(1).clamp_min(1e-30)).max())
+
+
+def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
+    """The table of DMD-style few-step sampling: at each timestep predict x0, then noise it to the next timestep.
+
+    The x0 rows and the noising come from `scheduler`'s schedule over all its training timesteps, at the entry nearest
+    to each of `timesteps` (as FastVideo's and SGLang's DMD stages look it up); the last row ends at x0 itself.
+    One draw a row but the last. The scheduler is never changed.
+
+    Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall.
+    """
+    times = [float(t) for t in timesteps]
+    if not times or any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+        raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
+    key = (_fingerprint(scheduler), "renoise", tuple(times))
+    return cache.get(key, lambda: _renoise(scheduler, times))
+
+
+def _renoise(scheduler: Any, times: list[float]) -> StepTable:
+    name = type(scheduler).__name__
+    whole = _Schedule.of(scheduler, int(scheduler.config.num_train_timesteps), None, None, None, 0, {})
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        entries = _Stepper(scheduler, whole).timesteps
+        rows: list[_Row] = []
+        levels: list[tuple[float, float]] = []
+        for t in times:
+            index = int((entries.double() - t).abs().argmin())
+            stepper = _Stepper(scheduler, _Schedule(whole.set_timesteps, whole.step, index))
+            prober = _Prober(stepper, 32)
+            row = prober.row(entries[index])
+            if row.x0 is None:
+                raise NotLinear(f"{name} tells no x0 at timestep {t:g}, so nothing can be re-noised")
+            levels.append(_noise_level(scheduler, whole, entries[index]))
+            rows.append(row)
+    count = len(rows)
+    A, b, d, C = np.zeros((count, 1, 1)), np.zeros((count, 1)), np.zeros((count, 1)), np.zeros((count, 1, 1))
+    r, x0_row = np.zeros((count, 2)), np.zeros((count, 4))
+    for i, row in enumerate(rows):
+        assert row.x0 is not None
+        alpha, sigma = levels[i + 1] if i + 1 < count else (1.0, 0.0)
+        phi = 0.0 if row.trace.phi is None else row.x0[row.trace.phi]
+        x0_row[i, :3] = row.x0[0], row.x0[len(row.start)], phi
+        if row.trace.r is not None:
+            r[i] = row.trace.r[0], row.trace.r[len(row.start)]
+        A[i], b[i], d[i], C[i] = alpha * x0_row[i, 0], alpha * x0_row[i, 1], alpha * phi, sigma
+    return StepTable(
+        timesteps=torch.tensor(times, dtype=torch.float32),
+        c_in=torch.tensor([row.c_in for row in rows], dtype=torch.float64),
+        A=torch.from_numpy(A), b=torch.from_numpy(b), d=torch.from_numpy(d), C=torch.from_numpy(C),
+        r=torch.from_numpy(r),
+        lo=torch.tensor([row.trace.lo for row in rows], dtype=torch.float64),
+        hi=torch.tensor([row.trace.hi for row in rows], dtype=torch.float64),
+        x0_row=torch.from_numpy(x0_row),
+        init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
+        draws=tuple((None,) if i + 1 < count else () for i in range(count)),
+        latents=(("sample",),) * (count + 1),
+        x0_source=rows[0].x0_source,
+        source=f"{name} renoised",
+    )  # fmt: skip
+
+
+def _noise_level(scheduler: Any, schedule: _Schedule, timestep: Tensor) -> tuple[float, float]:
+    """(alpha, sigma) of the scheduler's own `add_noise` (or `scale_noise`) at `timestep`."""
+    own = _Stepper(scheduler, schedule).scheduler
+    if hasattr(own, "_begin_index"):
+        own._begin_index = None  # else add_noise takes the begin index for the timestep's
+    clean, eps = torch.eye(2, dtype=torch.float64)[:, None, None, None].unbind(0)
+    with _Interception(clean.shape, lambda size, dtype: torch.zeros(size), torch.clamp):
+        if hasattr(own, "add_noise"):
+            noisy = own.add_noise(clean, eps, timestep.reshape(1))
+        elif hasattr(own, "scale_noise"):
+            noisy = own.scale_noise(clean, timestep.reshape(1), eps)
+        else:
+            raise NotLinear(f"{type(scheduler).__name__} has neither add_noise nor scale_noise to re-noise with")
+    alpha, sigma = noisy.flatten().tolist()
+    return alpha, sigma
