@@ -1,3 +1,48 @@
-"""fastdiff: a benchmark-first runtime for diffusion models."""
-from fastdiff.probe import tabulate, cache as table_cache
-from fastdiff.table import StepTable, prune
+"""fastdiff: a torch.compile and CUDA-graph optimized, benchmark-first runtime for diffusion models.
+
+    runtime = fastdiff.Runtime(pipe)
+    results = runtime.generate([fastdiff.Request(prompt="a handwritten seven", scheduler="UniPC", steps=12)])
+
+Names are loaded when first used; importing fastdiff imports no diffusers, starts no CUDA and sets nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff import models as models
+    from fastdiff.errors import FastdiffError as FastdiffError
+    from fastdiff.errors import NotLinear as NotLinear
+    from fastdiff.errors import NumericalError as NumericalError
+    from fastdiff.errors import PlanMismatch as PlanMismatch
+    from fastdiff.ownership import Lease as Lease
+    from fastdiff.ownership import acquire as acquire
+    from fastdiff.plan import CapturePlan as CapturePlan
+    from fastdiff.probe import cache as table_cache
+    from fastdiff.probe import tabulate as tabulate
+    from fastdiff.request import Request as Request
+    from fastdiff.request import Result as Result
+    from fastdiff.runtime import Runtime as Runtime
+    from fastdiff.runtime import Session as Session
+    from fastdiff.state import RequestState as RequestState
+    from fastdiff.table import StepTable as StepTable
+    from fastdiff.table import prune as prune
+
+_HOMES = {
+    "CapturePlan": "plan", "FastdiffError": "errors", "Lease": "ownership", "NotLinear": "errors",
+    "NumericalError": "errors", "PlanMismatch": "errors", "Request": "request", "RequestState": "state",
+    "Result": "request", "Runtime": "runtime", "Session": "runtime", "StepTable": "table", "acquire": "ownership",
+    "models": "models", "prune": "table", "table_cache": "probe", "tabulate": "probe",
+}  # fmt: skip
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # a literal list would be a third copy of the names
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    home = import_module(f"fastdiff.{_HOMES[name]}")
+    value = globals()[name] = {"models": home, "table_cache": getattr(home, "cache", None)}.get(name) or getattr(home, name)
+    return value

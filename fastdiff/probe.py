@@ -13,6 +13,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from fastdiff.errors import NotLinear
 from fastdiff.table import Draw, StepTable, TableCache, prune
@@ -263,8 +263,9 @@ _NORMAL = {aten.randn, aten.randn_like, aten.normal, aten.normal_, aten.normal_f
 _OTHER_NOISE = {
     aten.rand, aten.rand_like, aten.uniform, aten.uniform_, aten.bernoulli, aten.bernoulli_, aten.multinomial,
     aten.randint, aten.randint_like, aten.randperm, aten.exponential_, aten.geometric_, aten.cauchy_,
+    aten.log_normal_, aten.random_, aten.poisson,
 }  # fmt: skip
-_CLAMP = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.clamp_, aten.clip}
+_CLAMP = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.clamp_, aten.clamp_min_, aten.clamp_max_, aten.clip}
 
 
 class _Interception(TorchDispatchMode):
@@ -280,52 +281,106 @@ class _Interception(TorchDispatchMode):
         clamp: Callable[[Tensor, float, float], Tensor],
     ) -> None:
         super().__init__()
-        self.shape, self.draw, self.clamp = shape, draw, clamp
+        self.ndim, self.last, self.draw, self.clamp = len(shape), shape[-1], draw, clamp
         self.suspect: str | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # dynamo never sees a probe, and its guard would cost half of one
 
     def is_latent(self, value: Any) -> bool:
         return (
             isinstance(value, Tensor)
+            and value.ndim >= self.ndim
+            and value.shape[-1] == self.last
             and value.dtype == torch.float64
-            and value.ndim >= len(self.shape)
-            and value.shape[-1] == self.shape[-1]
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, op = kwargs or {}, func.overloadpacket
-        if op in _OTHER_NOISE:
-            raise NotLinear(f"it draws {op.__name__} noise, and only normal noise can be drawn ahead{_where()}")
-        if op in _NORMAL:
-            like = args[0] if isinstance(args[0], Tensor) else None
-            size = like.shape if like is not None else torch.Size(args[0] if op is aten.randn else args[2])
-            default = like.dtype if like is not None else torch.get_default_dtype()
-            return self.draw(size, kwargs.get("dtype") or default)
-        if op in _CLAMP and self.is_latent(args[0]):
-            return self._clamp(op, args, kwargs)
-        if op is aten._to_copy and self.is_latent(args[0]):
-            dtype = kwargs.get("dtype")
-            if dtype is not None and dtype.is_floating_point:
-                return args[0].clone()
-        self._suspect(op, args, kwargs)
-        return func(*args, **kwargs)
+        answer = _ANSWERS.get(id(func), _UNKNOWN)  # by id: hashing an overload is a Python call, 17,000 a UniPC table
+        if answer is _UNKNOWN:
+            answer = _ANSWERS[id(func)] = _answer(func)
+        if answer is not None:
+            answered = answer(self, func, args, kwargs or {})
+            if answered is not None:
+                return answered
+        return func(*args, **kwargs) if kwargs else func(*args)
 
-    def _clamp(self, op: Any, args: Any, kwargs: Any) -> Tensor:
-        sides = {aten.clamp_min: ("min",), aten.clamp_max: ("max",)}.get(op, ("min", "max"))
+    def other_noise(self, func: Any, args: Any, kwargs: Any) -> None:
+        raise NotLinear(f"it draws {func.overloadpacket.__name__} noise, and only normal noise can be drawn ahead{_where()}")
+
+    def normal(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        op, tensors = func.overloadpacket, [value for value in args if isinstance(value, Tensor)]
+        if tensors:
+            size, default = tensors[0].shape, tensors[0].dtype
+        else:
+            size = torch.Size(args[2] if op is aten.normal else args[0])
+            default = torch.get_default_dtype()
+        drawn = self.draw(size, kwargs.get("dtype") or default)
+        if op is aten.randn or op is aten.randn_like:
+            return drawn
+        mean, std = (*args[op is not aten.normal :], *(0.0, 1.0))[:2]
+        drawn = drawn * std + mean
+        return args[0].copy_(drawn) if op is aten.normal_ else drawn
+
+    def down_cast(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        dtype = kwargs.get("dtype")
+        if dtype is not None and dtype.is_floating_point and self.is_latent(args[0]):
+            return args[0].clone()
+        return None
+
+    def clamped(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        if not self.is_latent(args[0]):
+            return None
+        name = func.overloadpacket.__name__
+        sides = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(name.rstrip("_"), ("min", "max"))
         bounds = dict(zip(sides, args[1:], strict=False)) | kwargs
         lo, hi = (bounds.get(side) for side in ("min", "max"))
         if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in (lo, hi)):
             raise NotLinear(f"it clamps latents by bounds that depend on them{_where()}")
-        return self.clamp(args[0], -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi))
+        phi = self.clamp(args[0], -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi))
+        return args[0].copy_(phi) if name.endswith("_") else phi
 
-    def _suspect(self, op: Any, args: Any, kwargs: Any) -> None:
-        if self.suspect is not None:
-            return
-        latents = sum(self.is_latent(value) for value in tree_flatten((args, kwargs))[0])
-        if not latents or op in _LINEAR:
-            return
-        if (op in _BILINEAR and latents == 1) or (op in _QUOTIENT and not self.is_latent(args[1])):
-            return
-        self.suspect = f"{op.__name__} on a latent{_where()}"
+    def bilinear(self, func: Any, args: Any, kwargs: Any) -> None:
+        if self._count(args) > 1:
+            self.unknown(func, args, kwargs)
+
+    def quotient(self, func: Any, args: Any, kwargs: Any) -> None:
+        if self.is_latent(args[1]):
+            self.unknown(func, args, kwargs)
+
+    def unknown(self, func: Any, args: Any, kwargs: Any) -> None:
+        if self.suspect is None and self._count((args, *kwargs.values())):
+            self.suspect = f"{func.overloadpacket.__name__} on a latent{_where()}"
+
+    def _count(self, values: Any) -> int:
+        return sum(
+            self._count(value) if isinstance(value, (list, tuple)) else self.is_latent(value) for value in values
+        )
+
+
+_Answer = Callable[[_Interception, Any, Any, Any], Tensor | None]
+
+
+def _answer(func: Any) -> _Answer | None:
+    """Which method answers an overload; None for those that are linear whatever they are given."""
+    op = func.overloadpacket
+    if op is aten._to_copy:
+        return _Interception.down_cast
+    if op in _LINEAR:
+        return None
+    methods: list[tuple[set[Any], _Answer]] = [
+        (_OTHER_NOISE, _Interception.other_noise),
+        (_NORMAL, _Interception.normal),
+        (_CLAMP, _Interception.clamped),
+        (_BILINEAR, _Interception.bilinear),
+        (_QUOTIENT, _Interception.quotient),
+    ]
+    return next((method for ops, method in methods if op in ops), _Interception.unknown)
+
+
+_UNKNOWN: Any = object()
+_ANSWERS: dict[int, _Answer | None] = {}  # overloads live as long as torch does, so their ids do not come back
 
 
 def _where() -> str:
@@ -416,11 +471,19 @@ class _Stepper:
 
 def probe(scheduler: Any, schedule: _Schedule) -> StepTable:
     """The full table, unpruned: every latent that the scheduler holds, named by its attribute; proved."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with _plain_torch():
         rows, suspect, init_noise_sigma = _probe_rows(scheduler, schedule)
         table = _assemble(rows, type(scheduler).__name__, init_noise_sigma)
         _prove(table, scheduler, schedule, suspect)
     return table
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """No autograd and new tensors on the CPU, whatever the caller's thread has set."""
+    on_cpu = torch.get_default_device().type == "cpu"  # torch.device() as a context costs 3 us an operation
+    with torch.inference_mode(False), torch.no_grad(), nullcontext() if on_cpu else torch.device("cpu"):
+        yield
 
 
 def _probe_rows(scheduler: Any, schedule: _Schedule) -> tuple[list[_Row], str | None, float]:
@@ -716,7 +779,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
 def _renoise(scheduler: Any, times: list[float]) -> StepTable:
     name = type(scheduler).__name__
     whole = _Schedule.of(scheduler, int(scheduler.config.num_train_timesteps), None, None, None, 0, {})
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with _plain_torch():
         entries = _Stepper(scheduler, whole).timesteps
         rows: list[_Row] = []
         levels: list[tuple[float, float]] = []

@@ -1,0 +1,33 @@
+"""How a model is called inside a step: a pure function of device tensors. Any callable of this form will do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """The model and its guidance, for n slots at once; sample i of the output depends on sample i of the inputs alone."""
+
+    def __call__(
+        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
+    ) -> Tensor:
+        """The guided model output [n, C, H, W].
+
+        `sample` [n, C, H, W] in the plan's dtype, already scaled; `timestep` and `guidance` [n] float32;
+        `conditioning`: [n, ...] per name, in the plan's dtype. Must not write to its arguments.
+        """
+        ...
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance in float32, Ho & Salimans 2022 (arXiv 2207.12598), per sample.
+
+    `scale` [n]; where it is 1 the conditional output [n, C, H, W] passes unchanged, whatever the other one holds.
+    """
+    scale = scale.view(-1, *[1] * (conditional.ndim - 1))
+    unconditional, conditional = unconditional.float(), conditional.float()
+    return torch.where(scale == 1, conditional, unconditional + scale * (conditional - unconditional))

@@ -1,0 +1,85 @@
+"""What a user asks for and what comes back. Both frozen and host-only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One image (or video) to make. Needs a `prompt` or `prompt_embeds`; everything else has diffusers' default.
+
+    `scheduler` is a diffusers scheduler, the name of one with or without `Scheduler` and `Discrete` ("Euler",
+    "UniPCMultistep"), or None for the pipeline's; it is read and never changed. `timesteps` and `sigmas` are custom
+    schedules in its terms, `scheduler_options` whatever else its `set_timesteps` and `step` take by name (`eta`,
+    `s_churn`, `mu`). A `guidance_scale` of 1 or less means no guidance. `seed` makes the initial latents and the step
+    noise, in diffusers' order, so the same seed gives diffusers' image; `latents` [C, H, W] replaces the first draw.
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None  # 50 unless timesteps or sigmas say otherwise
+    guidance_scale: float = 7.5
+    seed: int = 0
+    scheduler: Any = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_embeds: Tensor | None = None  # [L, D]
+    negative_prompt_embeds: Tensor | None = None  # [L, D]
+    latents: Tensor | None = None  # [C, H, W], standard normal, not yet scaled
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ValueError("expected exactly one of prompt and prompt_embeds")
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise ValueError("expected at most one of negative_prompt and negative_prompt_embeds")
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+            raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError("expected at most one of timesteps and sigmas")
+        if not isinstance(self.guidance_scale, (int, float)) or not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed: expected a 64-bit integer, got {self.seed!r}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance has any effect: diffusers' rule, scale > 1."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The keyword arguments of `fastdiff.tabulate`."""
+        if self.timesteps is None and self.sigmas is None:
+            return {"num_inference_steps": self.steps or 50, **self.scheduler_options}
+        named = {"num_inference_steps": self.steps, "timesteps": self.timesteps, "sigmas": self.sigmas}
+        return {key: value for key, value in named.items() if value is not None} | dict(self.scheduler_options)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """What came of a request: copied out, never an alias of static memory.
+
+    `error` is set, and `image` is None, when this request alone went wrong; its neighbours are not affected.
+    """
+
+    request: Request
+    latents: Tensor  # [C, H, W], in the pipeline's dtype, on its device
+    image: Tensor | None  # [C, H, W] float32 in [0, 1], on the CPU
+    rows: int  # model evaluations
+    error: Exception | None = None
+
+    def to_pil(self) -> Any:
+        """The image as a PIL.Image; raises the request's own error if it has none."""
+        if self.image is None:
+            raise self.error or ValueError("this result has no image")
+        from PIL import Image
+
+        pixels = (self.image.permute(1, 2, 0) * 255).round().byte().numpy()  # [H, W, C]
+        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)

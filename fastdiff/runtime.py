@@ -1,0 +1,305 @@
+"""Requests in, results out; and a session for hosts that run their own loop."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fastdiff import stages
+from fastdiff.capture import Mode, Steps
+from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch
+from fastdiff.families import Family, family_of
+from fastdiff.noise import copy_generator, row_noise
+from fastdiff.plan import CapturePlan
+from fastdiff.request import Request, Result
+from fastdiff.slots import Slots
+from fastdiff.state import RequestState
+from fastdiff.table import StepTable
+
+
+class Runtime:
+    """Serves requests on `pipe`, any samplers, step counts, guidance scales and seeds mixed in one batch.
+
+    `mode` is how a step runs. `capacities` are fields of `CapturePlan` (`rows`, `memory`, `draws`, `batch_sizes`).
+    By default a step runs at exactly the occupied size in eager mode, and at the next power of two in compiled mode,
+    where each size costs a compilation when it is first used.
+
+    Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to one thread.
+    Streams: all device work is enqueued on the caller's current stream, and nothing waits for it but the copy of
+    finished images to the host. Aliasing: tensors that come back are copies, tensors that go in are copied.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        max_batch: int = 8,
+        mode: Mode = "eager",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **capacities: Any,
+    ) -> None:
+        if not isinstance(max_batch, int) or max_batch < 1:
+            raise ValueError(f"max_batch: expected an integer >= 1, got {max_batch!r}")
+        self.family: Family = family_of(pipe, height, width)
+        sizes = range(1, max_batch + 1)
+        if mode == "compiled":
+            sizes = sorted({2**power for power in range(max_batch.bit_length()) if 2**power < max_batch} | {max_batch})
+        self.plan = CapturePlan(
+            latent_shape=self.family.latent_shape,
+            dtype=self.family.dtype,
+            conditioning=self.family.conditioning,
+            **{"batch_sizes": tuple(sizes)} | capacities,
+        )
+        self.slots = Slots(self.plan, self.family.device)
+        self.steps = Steps(self.family.denoiser, self.slots, mode)
+        self._in_use = threading.Lock()
+        self._holder: int | None = None
+
+    def supports(self, request: Request) -> str | None:
+        """None if `generate` would take the request, else the reason why not. No model work."""
+        try:
+            self._check(request)
+        except (FastdiffError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def prepare(self, request: Request) -> RequestState:
+        """The request encoded, scheduled and with its first latents: what a session takes."""
+        self._check(request)
+        return self._prepare(request)
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]:
+        """One result per request, in order. A request that cannot be served raises before any model work."""
+        for index, request in enumerate(requests):
+            try:
+                self._check(request)
+            except (FastdiffError, TypeError, ValueError) as error:
+                raise type(error)(f"requests[{index}]: {error}") from error
+        states = self._run([self._prepare(request) for request in requests])
+        return [self._result(request, state) for request, state in zip(requests, states, strict=True)]
+
+    def denoise(
+        self,
+        latents: Tensor,
+        conditioning: Mapping[str, Tensor],
+        table: StepTable | Sequence[StepTable],
+        guidance: float | Sequence[float] = 1.0,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Run whole schedules over latents [N, C, H, W] already scaled, as a host's own latents stage leaves them.
+
+        `conditioning`: [N, ...] by the plan's names; `table` and `guidance` for all or one each; `generators`, one
+        each, where a table draws noise: they are read and not moved on. Returns [N, C, H, W] in the plan's dtype.
+        """
+        count = len(latents)
+        tables = [table] * count if isinstance(table, StepTable) else list(table)
+        scales = [float(guidance)] * count if isinstance(guidance, (int, float)) else list(guidance)
+        for name, values in (("table", tables), ("guidance", scales), ("generators", generators)):
+            if values is not None and len(values) != count:
+                raise ValueError(f"{name}: expected one for each of {count} latents, got {len(values)}")
+        states = [
+            RequestState(
+                request=None,
+                guidance_scale=scales[i] if scales[i] > 1 else 1.0,
+                conditioning={name: tensor[i] for name, tensor in conditioning.items()},
+                table=tables[i],
+                generator=generators[i] if generators else None,
+                latents=tables[i].init(latents[i]),
+                dtype=self.plan.dtype,
+            )
+            for i in range(count)
+        ]
+        return torch.stack([state.sample for state in self._run(states)])
+
+    def session(self) -> Session:
+        """A host's own loop over the slots. Waits for other threads' work; close it, or use it in a `with` block."""
+        return Session(self)
+
+    def _check(self, request: Request) -> None:
+        if not isinstance(request, Request):
+            raise TypeError(f"expected a fastdiff.Request, got {type(request).__name__}")
+        self.family.check(request)
+        self.plan.check(stages.table_of(self.family, request))
+
+    def _prepare(self, request: Request) -> RequestState:
+        state = RequestState(request=request)
+        for stage in (stages.encode, stages.schedule, stages.prepare_latents):
+            state = stage(self.family, state)
+        return state
+
+    def _run(self, states: Sequence[RequestState]) -> list[RequestState]:
+        finished: dict[int, RequestState] = {}
+        waiting = deque(enumerate(states))
+        with self.session() as session:
+            owner: dict[int, int] = {}
+            while waiting or owner:
+                while waiting and session.free:
+                    index, state = waiting.popleft()
+                    owner[session.add(state)] = index
+                for slot in session.step():
+                    finished[owner.pop(slot)] = session.take(slot)
+        return [finished[index] for index in range(len(states))]
+
+    def _result(self, request: Request, state: RequestState) -> Result:
+        error = None
+        if not torch.isfinite(state.sample).all():
+            error = NumericalError(f"seed {request.seed}: the sample is not finite after {state.row} rows")
+        else:
+            state = stages.decode(self.family, state)
+        return Result(request=request, latents=state.sample, image=state.image, rows=state.row, error=error)
+
+
+@dataclass
+class _Occupant:
+    """The host's view of one slot: what was loaded, and how far it and its noise have come."""
+
+    state: RequestState  # as loaded; the slot has the latents since
+    row: int
+    drawn: int  # rows whose noise is in the ring
+    generator: torch.Generator | None
+    snapshots: dict[int, Tensor] = field(default_factory=dict)  # generator state before each row drawn ahead
+
+    @property
+    def table(self) -> StepTable:
+        return self.state.prepared[0]
+
+
+class Session:
+    """A host's loop: `add` states, `step` until slots finish, `take` them. A slot never moves while its request runs."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        if runtime._holder == threading.get_ident():
+            raise RuntimeError("this thread has a session of this runtime open: close it first")
+        runtime._in_use.acquire()
+        runtime._holder = threading.get_ident()
+        self._runtime: Runtime | None = runtime
+        self._slots, self._steps, self._plan = runtime.slots, runtime.steps, runtime.plan
+        self._occupants: dict[int, _Occupant] = {}
+
+    @property
+    def free(self) -> int:
+        """How many more states can be added."""
+        return self._plan.max_batch - len(self._occupants)
+
+    def add(self, state: RequestState) -> int:
+        """Copy a prepared state into the lowest free slot; the slot's number. PlanMismatch if none is free."""
+        self._check_open()
+        if not self.free:
+            raise PlanMismatch(f"all {self._plan.max_batch} slots are taken; take or cancel one, or raise max_batch")
+        table, _ = state.prepared
+        self._check_fits(state, table)
+        slot = min(set(range(self._plan.max_batch)) - self._occupants.keys())
+        generator = None
+        if any(table.draws[state.row :]):
+            if state.generator is None:
+                raise ValueError(f"{table.source} draws noise: the state needs a generator")
+            generator = copy_generator(state.generator)
+        self._slots.load(slot, state)
+        self._occupants[slot] = _Occupant(state, row=state.row, drawn=state.row, generator=generator)
+        return slot
+
+    def step(self) -> list[int]:
+        """Advance every unfinished slot by one row; the finished slots that wait to be taken, in rising order."""
+        self._check_open()
+        running = {slot: one for slot, one in self._occupants.items() if one.row < len(one.table)}
+        for slot, occupant in running.items():
+            if occupant.generator is not None:
+                self._draw_ahead(slot, occupant)
+        if running:
+            with torch.no_grad():
+                self._steps(self._plan.size_for(max(running) + 1))
+        for occupant in running.values():
+            occupant.row += 1
+        return sorted(slot for slot, one in self._occupants.items() if one.row == len(one.table))
+
+    def take(self, slot: int) -> RequestState:
+        """The slot's request as it now stands, copied out; the slot is free again."""
+        state = self.fork(slot)
+        self.cancel(slot)
+        return state
+
+    def fork(self, slot: int) -> RequestState:
+        """An independent copy of the slot's request as it now stands, generator included; the slot runs on."""
+        occupant = self._occupant(slot)
+        copied = occupant.state.fork()
+        if occupant.generator is not None and copied.generator is not None:
+            ahead = (before for row, before in occupant.snapshots.items() if row >= occupant.row)
+            copied.generator.set_state(next(ahead, occupant.generator.get_state()))
+        return replace(copied, latents=self._slots.read(slot, occupant.table.memory), row=occupant.row)
+
+    def cancel(self, slot: int) -> None:
+        """Free the slot; its request is lost."""
+        self._occupant(slot)
+        self._slots.park(slot)
+        del self._occupants[slot]
+
+    def save(self, slot: int, path: str | Path) -> None:
+        """Write the slot's request, as it now stands, to a file that `load` resumes from in any process."""
+        self.fork(slot).save(path)
+
+    def load(self, path: str | Path) -> int:
+        """Add a request that `save` wrote; the slot's number."""
+        return self.add(RequestState.load(path, self._slots.device))
+
+    def close(self) -> None:
+        """Cancel what still runs and let other threads in; a second call does nothing."""
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            for slot in self._occupants:
+                self._slots.park(slot)
+            self._occupants.clear()
+            runtime._holder = None
+            runtime._in_use.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _draw_ahead(self, slot: int, occupant: _Occupant) -> None:
+        """Fill the slot's ring with the noise of the coming rows, in diffusers' order, and keep the way back."""
+        assert occupant.generator is not None
+        occupant.snapshots.pop(occupant.row - 1, None)
+        if occupant.drawn > occupant.row:
+            return
+        for row in range(occupant.row, min(occupant.row + self._plan.ring_depth, len(occupant.table))):
+            draws = occupant.table.draws[row]
+            if draws:
+                occupant.snapshots[row] = occupant.generator.get_state()
+                noise = row_noise(
+                    occupant.generator, draws, self._plan.latent_shape, occupant.state.dtype, self._slots.device
+                )
+                self._slots.put_noise(slot, row, noise)
+            occupant.drawn = row + 1
+
+    def _check_fits(self, state: RequestState, table: StepTable) -> None:
+        latents = state.prepared[1]
+        if tuple(latents.shape) != (table.memory, *self._plan.latent_shape):
+            expected = (table.memory, *self._plan.latent_shape)
+            raise PlanMismatch(f"latents: expected shape {expected}, got {tuple(latents.shape)}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.conditioning.items()}
+        if shapes != dict(self._plan.conditioning):
+            raise PlanMismatch(f"conditioning: expected {dict(self._plan.conditioning)}, got {shapes}")
+
+    def _occupant(self, slot: int) -> _Occupant:
+        self._check_open()
+        if slot not in self._occupants:
+            raise ValueError(f"slot: expected one of {sorted(self._occupants)}, got {slot}")
+        return self._occupants[slot]
+
+    def _check_open(self) -> None:
+        if self._runtime is None:
+            raise RuntimeError("this session is closed; open another with runtime.session()")

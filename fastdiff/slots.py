@@ -1,0 +1,115 @@
+"""Every tensor with a fixed address. A slot is one request's place in them; a step reads and writes nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.plan import CapturePlan
+from fastdiff.state import RequestState
+from fastdiff.table import GUIDANCE, RowLayout, StepTable, pack
+
+
+class Batch(NamedTuple):
+    """Slots [0, n) as one step sees them: views, made once, P = latent elements."""
+
+    layout: RowLayout
+    latent_shape: tuple[int, ...]
+    dtype: torch.dtype
+    index: Tensor  # [n] int64: 0, 1, ..., n - 1
+    table: Tensor  # [n, R + 1, F] float32: packed rows; the row after a request's last repeats it, and is never applied
+    row: Tensor  # [n] int64: the row to run next
+    end: Tensor  # [n] int64: the request's rows; an idle slot has none
+    latents: Tensor  # [n, K, P] float32
+    noise: Tensor  # [n, D, Z, P] float32: a ring, row i at i mod D
+    conditioning: dict[str, Tensor]  # [n, ...] each
+
+
+class Slots:
+    """The static memory of a runtime: `plan.max_batch` slots on `device`.
+
+    Not thread-safe: one session at a time loads, steps and takes. Nothing here waits for the device: loads are copies
+    on the caller's current stream, in order with the steps that it enqueues there.
+    """
+
+    def __init__(self, plan: CapturePlan, device: torch.device | str) -> None:
+        self.plan, self.device = plan, torch.device(device)
+        slots, layout, P = plan.max_batch, plan.layout, plan.latent_numel
+        self._all = Batch(
+            layout=layout,
+            latent_shape=plan.latent_shape,
+            dtype=plan.dtype,
+            index=torch.arange(slots, device=device),
+            table=torch.zeros(slots, plan.rows + 1, layout.width, device=device),
+            row=torch.zeros(slots, dtype=torch.int64, device=device),
+            end=torch.zeros(slots, dtype=torch.int64, device=device),
+            latents=torch.zeros(slots, plan.memory, P, device=device),
+            noise=torch.zeros(slots, plan.ring_depth, plan.draws, P, device=device),
+            conditioning={
+                name: torch.zeros(slots, *shape, dtype=plan.dtype, device=device)
+                for name, shape in plan.conditioning.items()
+            },
+        )
+        self._batches = {size: self._first(size) for size in plan.batch_sizes}
+
+    def _first(self, n: int) -> Batch:
+        own = self._all
+        return own._replace(
+            **{name: getattr(own, name)[:n] for name in ("index", "table", "row", "end", "latents", "noise")},
+            conditioning={name: tensor[:n] for name, tensor in own.conditioning.items()},
+        )
+
+    def batch(self, n: int) -> Batch:
+        """Slots [0, n), for an n of the plan's batch sizes."""
+        return self._batches[n]
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of all slots."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Every static tensor, for accounting and for tests of addresses."""
+        return [value for value in self._all if isinstance(value, Tensor)] + list(self._all.conditioning.values())
+
+    def load(self, slot: int, state: RequestState) -> None:
+        """Write all of a request's state into `slot`, over whatever was there: nothing of a former request stays."""
+        table, latents = state.prepared
+        self.plan.check(table)
+        own, memory = self._all, table.memory
+        packed = _with_parking_row(table, own.layout)
+        own.table[slot, : len(packed)].copy_(packed, non_blocking=True)
+        if state.guidance_scale != 1.0:
+            own.table[slot, : len(packed), GUIDANCE].fill_(state.guidance_scale)
+        own.latents[slot, :memory].copy_(latents.flatten(1), non_blocking=True)
+        own.latents[slot, memory:].zero_()  # idle memory has weight 0, and 0 * nan is nan
+        own.noise[slot].zero_()
+        for name, tensor in own.conditioning.items():
+            tensor[slot].copy_(state.conditioning[name], non_blocking=True)
+        own.row[slot].fill_(state.row)
+        own.end[slot].fill_(len(table))
+
+    def put_noise(self, slot: int, row: int, noise: Sequence[Tensor]) -> None:
+        """Write the draws of `row` into the slot's ring."""
+        ring = self._all.noise[slot, row % self.plan.ring_depth]
+        for draw, eps in enumerate(noise):
+            ring[draw].copy_(eps.flatten(), non_blocking=True)
+
+    def read(self, slot: int, memory: int) -> Tensor:
+        """A copy of the slot's latents [K, C, H, W]."""
+        return self._all.latents[slot, :memory].unflatten(1, self.plan.latent_shape).clone()
+
+    def park(self, slot: int) -> None:
+        """Stop the slot where it is: steps pass it by until the next load."""
+        self._all.end[slot].fill_(0)
+
+
+@lru_cache(maxsize=256)
+def _with_parking_row(table: StepTable, layout: RowLayout) -> Tensor:
+    """The packed rows and once more the last: what a spent slot gathers, so that the model sees a valid timestep."""
+    packed = pack(table, layout)
+    return torch.cat([packed, packed[-1:]])

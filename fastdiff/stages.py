@@ -1,0 +1,127 @@
+"""The stages of a request: `(family, state) -> state`. What a request changes is in the state that comes back."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastdiff.families import Family
+from fastdiff.noise import normal, row_noise, seeded
+from fastdiff.probe import REFUSED, tabulate
+from fastdiff.request import Request
+from fastdiff.state import RequestState
+from fastdiff.table import StepTable
+
+
+def encode(family: Family, state: RequestState) -> RequestState:
+    """The text stage: fills `conditioning`."""
+    request = _asked(state)
+    with torch.no_grad():
+        conditioning = family.encode(request)
+    return replace(
+        state,
+        conditioning=conditioning,
+        guidance_scale=float(request.guidance_scale) if request.guided else 1.0,
+        dtype=family.dtype,
+    )
+
+
+def schedule(family: Family, state: RequestState) -> RequestState:
+    """The schedule stage: fills `table`. A state that has one keeps it: a prepared request is never prepared again."""
+    if state.table is not None:
+        return state
+    return replace(state, table=table_of(family, _asked(state)))
+
+
+def prepare_latents(family: Family, state: RequestState) -> RequestState:
+    """The latents stage: draws the first noise from the request's own generator and scales it."""
+    if state.table is None:
+        raise ValueError("expected a scheduled state, got one without a table; run the schedule stage first")
+    request = _asked(state)
+    generator = seeded(request.seed)
+    if request.latents is None:
+        sample = normal(generator, family.latent_shape, family.dtype, family.device)
+    else:
+        sample = request.latents.to(family.device, family.dtype)
+    latents = state.table.init(sample * state.table.init_noise_sigma)
+    return replace(state, generator=generator, latents=latents, row=0)
+
+
+def denoise(family: Family, state: RequestState, rows: int | None = None) -> RequestState:
+    """The denoise stage, for one request and in plain sight: the reference that sessions are compared with.
+
+    Runs the next `rows` rows, all that are left if None.
+    """
+    state = state.fork()
+    table, latents = state.prepared
+    conditioning = {name: tensor[None] for name, tensor in state.conditioning.items()}
+    guidance = torch.tensor([state.guidance_scale], device=latents.device)
+    end = len(table) if rows is None else min(len(table), state.row + rows)
+    with torch.no_grad():
+        for row in range(state.row, end):
+            noise = []
+            if table.draws[row]:
+                if state.generator is None:
+                    raise ValueError(f"{table.source} draws noise at row {row}, and the state has no generator")
+                noise = row_noise(
+                    state.generator, table.draws[row], latents.shape[1:], state.dtype, latents.device
+                )
+            sample = table.model_input(row, latents).to(state.dtype)[None]
+            timestep = table.timesteps[row : row + 1].to(latents.device, torch.float32)
+            model_output = family.denoiser(sample, timestep, conditioning, guidance)[0]
+            latents = table.advance(row, latents, model_output, noise)
+    return replace(state, latents=latents, row=end)
+
+
+def decode(family: Family, state: RequestState) -> RequestState:
+    """The image stage: fills `image`."""
+    with torch.no_grad():
+        return replace(state, image=family.decode(state.sample))
+
+
+def table_of(family: Family, request: Request) -> StepTable:
+    """The request's step table, from its own scheduler, the one that it names, or the pipeline's."""
+    return tabulate(scheduler_of(family.scheduler, request.scheduler), **request.schedule)
+
+
+def scheduler_of(template: Any, wanted: Any) -> Any:
+    """`wanted` if it is a scheduler, `template` if None; a name is made from the template's config, once."""
+    if wanted is None:
+        return template
+    if not isinstance(wanted, str):
+        return wanted
+    named = _named.setdefault(template, {})
+    if wanted not in named:
+        named[wanted] = scheduler_class(wanted).from_config(template.config)
+    return named[wanted]
+
+
+_named: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def scheduler_class(name: str) -> Any:
+    """The diffusers class by its name, with or without `Scheduler` and `Discrete`; ValueError lists the names."""
+    import diffusers
+
+    classes = {
+        _short(key): key
+        for key in dir(diffusers)
+        if key.endswith("Scheduler") and hasattr(getattr(diffusers, key), "set_timesteps")
+    }
+    if _short(name) not in classes:
+        usable = sorted(short for short, key in classes.items() if key not in REFUSED)
+        raise ValueError(f"scheduler: expected one of {', '.join(usable)}; got {name!r}")
+    return getattr(diffusers, classes[_short(name)])
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("Scheduler").removesuffix("Discrete")
+
+
+def _asked(state: RequestState) -> Request:
+    if state.request is None:
+        raise ValueError("expected a state with its request, got one that was loaded from a file")
+    return state.request

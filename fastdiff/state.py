@@ -1,0 +1,116 @@
+"""Everything mutable of one request. It can be forked, restarted, saved, moved to another process and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.noise import copy_generator, normal
+from fastdiff.request import Request
+from fastdiff.table import StepTable
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(eq=False, kw_only=True)
+class RequestState:
+    """A request between two rows. Stages fill it in from top to bottom; `Slots` holds a copy while it is denoised."""
+
+    request: Request | None  # None after load: a file carries what is left to do, not what was asked
+    guidance_scale: float = 1.0
+    conditioning: Mapping[str, Tensor] = field(default_factory=dict)  # one slot's tensors by name
+    table: StepTable | None = None
+    generator: torch.Generator | None = None  # in the state that it has before `row` draws
+    latents: Tensor | None = None  # [K, C, H, W] float32: the sample, then the sampler's memory
+    row: int = 0
+    dtype: torch.dtype = torch.float32  # the pipeline's: of noise draws and of the returned sample
+    image: Tensor | None = None  # [C, H, W] float32 in [0, 1], on the CPU
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has run."""
+        return self.row >= len(self.prepared[0])
+
+    @property
+    def sample(self) -> Tensor:
+        """The sample [C, H, W] in the pipeline's dtype."""
+        return self.prepared[1][0].to(self.dtype)
+
+    @property
+    def prepared(self) -> tuple[StepTable, Tensor]:
+        """The table and the latents [K, C, H, W], which a state has once the schedule and latents stages have run."""
+        if self.table is None or self.latents is None:
+            raise ValueError("expected a prepared state, got one without table or latents; see Runtime.prepare")
+        return self.table, self.latents
+
+    def fork(self) -> RequestState:
+        """An independent copy: same table object, tensors and generator of its own."""
+        return replace(
+            self,
+            conditioning={name: tensor.clone() for name, tensor in self.conditioning.items()},
+            generator=None if self.generator is None else copy_generator(self.generator),
+            latents=None if self.latents is None else self.latents.clone(),
+        )
+
+    def restart(self, sample: Tensor | None = None) -> RequestState:
+        """This request at row 0 again with cleared memory and the same table: the next chunk of a causal pipeline.
+
+        `sample` [C, H, W] is standard normal; None draws it from the request's generator, which moves on.
+        """
+        table, latents = self.prepared
+        if sample is None:
+            if self.generator is None:
+                raise ValueError("a state without a generator cannot draw its next sample: pass one to restart()")
+            sample = normal(self.generator, latents.shape[1:], self.dtype, latents.device)
+        return replace(self, latents=table.init(sample * table.init_noise_sigma), row=0, image=None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, from which `load` resumes bitwise, in any process."""
+        table, latents = self.prepared
+        tensors, metadata = table.to_tensors()
+        tensors = {f"table.{name}": tensor for name, tensor in tensors.items()}
+        tensors |= {f"conditioning.{name}": tensor.contiguous() for name, tensor in self.conditioning.items()}
+        tensors["latents"] = latents.contiguous()
+        if self.generator is not None:
+            tensors["generator"] = self.generator.get_state()
+        fields = {"row": self.row, "guidance_scale": self.guidance_scale, "dtype": str(self.dtype)[6:]}
+        save_file(tensors, path, metadata | {"fastdiff.RequestState": FORMAT_VERSION, "fields": json.dumps(fields)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> RequestState:
+        """Read a state that `save` wrote; any other file is a ValueError."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("fastdiff.RequestState")
+            if found != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path}: expected a RequestState of format version {FORMAT_VERSION}, "
+                    f"got {found or 'another kind of file'}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        fields = json.loads(metadata["fields"])
+        generator = None
+        if "generator" in tensors:
+            generator = torch.Generator()
+            generator.set_state(tensors["generator"])
+        return cls(
+            request=None,
+            guidance_scale=fields["guidance_scale"],
+            conditioning={name: tensor.to(device) for name, tensor in _under("conditioning.", tensors).items()},
+            table=StepTable.from_tensors(_under("table.", tensors), metadata),
+            generator=generator,
+            latents=tensors["latents"].to(device),
+            row=fields["row"],
+            dtype=getattr(torch, fields["dtype"]),
+        )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
