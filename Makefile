@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
-.PHONY: setup bench test lint types wheel oracle coverage clean
+.PHONY: setup bench test lint types wheel wheel-check oracle coverage clean
 
 setup: $(READY)
 
@@ -37,7 +37,16 @@ coverage: $(READY)
 	$(BIN)/python -m tests.oracle --coverage reports/coverage.md
 
 wheel: $(READY)
+	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+# The wheel must work where nothing of this folder is: an empty environment, another working directory.
+wheel-check: wheel
+	rm -rf .cache/wheel-check
+	$(PYTHON) -m venv .cache/wheel-check
+	.cache/wheel-check/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.cache/wheel-check/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[bench]"
+	cd .cache/wheel-check && bin/python -m fastdiff.bench --quick
 
 clean:
 	rm -rf $(VENV) dist build .cache .mypy_cache .pytest_cache .ruff_cache

@@ -44,5 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
     home = import_module(f"fastdiff.{_HOMES[name]}")
-    value = globals()[name] = {"models": home, "table_cache": getattr(home, "cache", None)}.get(name) or getattr(home, name)
+    value = globals()[name] = {"models": home, "table_cache": getattr(home, "cache", None)}.get(name) or getattr(
+        home, name
+    )
     return value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """The model and its guidance, for n slots at once; sample i of the output depends on sample i of the inputs alone."""
+    """The model and its guidance, for n slots at once; output sample i depends on input sample i alone."""
 
     def __call__(
         self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor

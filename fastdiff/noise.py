@@ -10,9 +10,7 @@ from torch import Tensor
 from fastdiff.table import Draw
 
 
-def normal(
-    generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def normal(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """One standard normal latent of `shape`, drawn on the generator's device (diffusers' `randn_tensor`)."""
     return torch.randn((1, *shape), generator=generator, dtype=dtype, device=generator.device)[0].to(device)
 

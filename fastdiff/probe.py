@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import numbers
+import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.errors import NotLinear
+from fastdiff.errors import NotLinear, NumericalError
 from fastdiff.table import Draw, StepTable, TableCache, prune
 
 aten = torch.ops.aten
@@ -120,7 +121,8 @@ class _Schedule:
         wanted = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
         named = {key: value for key, value in wanted.items() if value is not None} | kwargs
         schedule_names, step_names = _named_parameters(type(scheduler))
-        to_set_timesteps, to_step = {}, {}
+        to_set_timesteps: dict[str, Any] = {}
+        to_step: dict[str, Any] = {}
         for key, value in named.items():
             if key in _RESERVED or (key not in schedule_names and key not in step_names):
                 offered = sorted((schedule_names | step_names) - set(_RESERVED) - {"num_inference_steps"})
@@ -128,9 +130,9 @@ class _Schedule:
             (to_set_timesteps if key in schedule_names else to_step)[key] = value
         if num_inference_steps is not None:
             to_set_timesteps["num_inference_steps"] = num_inference_steps
-        if not isinstance(begin_index, numbers.Integral) or begin_index < 0:
+        if operator.index(begin_index) < 0:
             raise ValueError(f"begin_index: expected an integer >= 0, got {begin_index!r}")
-        return cls(to_set_timesteps, to_step, int(begin_index))
+        return cls(to_set_timesteps, to_step, operator.index(begin_index))
 
     @property
     def key(self) -> Hashable:
@@ -175,9 +177,7 @@ def _fingerprint(scheduler: Any) -> Hashable:
         (key, _freeze(value))
         for key, value in vars(scheduler).items()
         if key not in _SET_BY_SET_TIMESTEPS
-        and (
-            isinstance(value, (int, float, str, bool)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2)
-        )
+        and (isinstance(value, (int, float, str, bool)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2))
     )
     config = tuple((key, _freeze(value)) for key, value in scheduler.config.items() if not key.startswith("_"))
     return type(scheduler), config, attributes
@@ -239,9 +239,7 @@ def _latents(holder: Any, shape: torch.Size, prefix: str = "") -> Iterator[_Late
             yield from _latent_or_inside(value, shape, f"{prefix}.{key}".lstrip("."), put_attribute)
 
 
-def _latent_or_inside(
-    value: Any, shape: torch.Size, path: str, put: Callable[[Tensor], None]
-) -> Iterator[_Latent]:
+def _latent_or_inside(value: Any, shape: torch.Size, path: str, put: Callable[[Tensor], None]) -> Iterator[_Latent]:
     if isinstance(value, Tensor):
         if value.shape == shape:
             yield _Latent(path, value, put)
@@ -280,7 +278,7 @@ class _Interception(TorchDispatchMode):
         draw: Callable[[torch.Size, torch.dtype], Tensor],
         clamp: Callable[[Tensor, float, float], Tensor],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ndim, self.last, self.draw, self.clamp = len(shape), shape[-1], draw, clamp
         self.suspect: str | None = None
 
@@ -307,7 +305,9 @@ class _Interception(TorchDispatchMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def other_noise(self, func: Any, args: Any, kwargs: Any) -> None:
-        raise NotLinear(f"it draws {func.overloadpacket.__name__} noise, and only normal noise can be drawn ahead{_where()}")
+        raise NotLinear(
+            f"it draws {func.overloadpacket.__name__} noise, and only normal noise can be drawn ahead{_where()}"
+        )
 
     def normal(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         op, tensors = func.overloadpacket, [value for value in args if isinstance(value, Tensor)]
@@ -439,6 +439,8 @@ class _Stepper:
         if "device" in _named_parameters(type(scheduler))[0]:
             set_timesteps["device"] = "cpu"
         self.scheduler.set_timesteps(**set_timesteps)
+        if not len(self.scheduler.timesteps):
+            raise ValueError(f"{self.name} makes no row of this schedule: {schedule.set_timesteps}")
         if schedule.begin_index >= len(self.scheduler.timesteps):
             raise ValueError(
                 f"begin_index: expected less than the schedule's {len(self.scheduler.timesteps)} rows, "
@@ -474,6 +476,7 @@ def probe(scheduler: Any, schedule: _Schedule) -> StepTable:
     with _plain_torch():
         rows, suspect, init_noise_sigma = _probe_rows(scheduler, schedule)
         table = _assemble(rows, type(scheduler).__name__, init_noise_sigma)
+        _require_finite(prune(table), scheduler)
         _prove(table, scheduler, schedule, suspect)
     return table
 
@@ -494,15 +497,18 @@ def _probe_rows(scheduler: Any, schedule: _Schedule) -> tuple[list[_Row], str | 
             prober = _Prober(stepper, width)
             rows: list[_Row] = []
             for timestep in stepper.timesteps:
-                if rows and timestep == 0 and len(rows) == getattr(stepper.scheduler, "num_inference_steps", -1):
-                    break  # a schedule that ends with the time it arrives at (SCM), not the one it leaves from
-                rows.append(prober.row(timestep))
+                try:
+                    rows.append(prober.row(timestep))
+                except IndexError:
+                    if not rows or timestep != 0 or len(rows) + 1 < len(stepper.timesteps):
+                        raise
+                    # The schedule ends with the time that it arrives at, from which there is no step (SCM).
             return rows, prober.suspect, float(getattr(stepper.scheduler, "init_noise_sigma", 1.0))
-        except _BasisExhausted:
+        except _BasisExhaustedError:
             width *= 2
 
 
-class _BasisExhausted(Exception):
+class _BasisExhaustedError(Exception):
     """A row needs more basis vectors than there are; probed again with twice as many."""
 
 
@@ -518,7 +524,7 @@ class _Prober:
 
     def _basis(self) -> Tensor:
         if self._next == self.width:
-            raise _BasisExhausted
+            raise _BasisExhaustedError
         self._next += 1
         return self._eye[self._next - 1].clone().view(self.shape)
 
@@ -541,8 +547,9 @@ class _Prober:
         model_output = self._basis()
         with _Interception(self.shape, self._no_draw, self._no_clamp):
             scaled = self._read(self.stepper.scale(sample, timestep))
-        if scaled[1:].any():
+        if np.isfinite(scaled).all() and scaled[1:].any():
             raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input is no scaling of the sample")
+        converts = hasattr(scheduler, "convert_model_output")
         before = _fork(scheduler)
         trace = self._step(scheduler, sample, timestep, model_output)
         latents = list(_latents(scheduler, self.shape))
@@ -551,11 +558,11 @@ class _Prober:
         elif trace.converted is not None:
             x0, x0_source = trace.converted, "convert_model_output"
         else:
-            x0 = self._step_to_zero(before, sample, timestep, model_output, trace)
+            x0 = None if converts else self._step_to_zero(before, sample, timestep, model_output, trace)
             x0_source = "sigma" if x0 is not None else None
         return _Row(
             timestep=timestep,
-            c_in=float(scaled[0]),
+            c_in=float(scaled[0]) if np.isfinite(scaled).all() else math.nan,
             start=("sample", *(latent.path for latent in held)),
             end=("sample", *(latent.path for latent in latents)),
             images=np.stack([trace.sample, *(self._read(latent.value) for latent in latents)]),
@@ -608,7 +615,11 @@ class _Prober:
 
         The same method predicts eps instead under algorithm_type="dpmsolver" or predict_x0=False.
         """
-        if converted.shape != self.shape or scheduler.config.get("prediction_type") not in PREDICTIONS:
+        if (
+            converted.shape != self.shape
+            or scheduler.config.get("prediction_type") not in PREDICTIONS
+            or not hasattr(scheduler, "add_noise")
+        ):
             return False
         index = scheduler.timesteps[scheduler.step_index].reshape(1)
         clean, eps = (self._eye[i].clone().view(self.shape) for i in range(2))
@@ -706,6 +717,28 @@ def _assemble(rows: list[_Row], source: str, init_noise_sigma: float) -> StepTab
     )  # fmt: skip
 
 
+def _require_finite(table: StepTable, scheduler: Any) -> None:
+    """Refuse a schedule whose samples are inf or NaN in diffusers too: zero-SNR epsilon, a begin between substeps."""
+    columns = (table.timesteps, table.c_in, table.A, table.b, table.d, table.C, table.r)
+    finite = torch.stack(
+        [column.flatten(1).isfinite().all(1) if column.ndim > 1 else column.isfinite() for column in columns]
+    )
+    if finite.all():
+        return
+    row = int(finite.all(0).int().argmin())
+    defaults = inspect.signature(type(scheduler).__init__).parameters
+    options = ", ".join(
+        f"{key}={value!r}"
+        for key, value in scheduler.config.items()
+        if key in defaults and value != defaults[key].default
+    )
+    raise NumericalError(
+        f"{table.source} divides by zero at row {row} of {len(table)} (timestep {table.timesteps[row].item():g}): "
+        f"diffusers' own step() gives inf or NaN there too. Options: {options or 'all defaults'}. "
+        "Use instead: another prediction_type, final sigma or begin index."
+    )
+
+
 def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str | None) -> None:
     """Walk the real scheduler and the table side by side on random tensors; they must agree to PROOF_TOLERANCE."""
     stepper = _Stepper(scheduler, schedule)
@@ -713,7 +746,7 @@ def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str |
     scales = torch.tensor(PROOF_SCALES, dtype=torch.float64).view(-1, 1, 1, 1)
 
     def normal() -> Tensor:
-        return torch.randn(PROOF_SHAPE, generator=generator, dtype=torch.float64)
+        return torch.randn(PROOF_SHAPE, generator=generator).double()  # exact in float32, should a draw be cast
 
     noise: list[Tensor] = []
 
@@ -757,7 +790,8 @@ def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str |
 def _relative_error(expected: Tensor, got: Tensor) -> float:
     """Largest error over largest reference, the worst batch element's."""
     expected, got = expected.flatten(1), got.flatten(1)
-    return float(((expected - got).abs().amax(1) / expected.abs().amax(1).clamp_min(1e-30)).max())
+    error = float(((expected - got).abs().amax(1) / expected.abs().amax(1).clamp_min(1e-30)).max())
+    return math.inf if math.isnan(error) else error  # max() would pass over a NaN
 
 
 def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
@@ -770,7 +804,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall.
     """
     times = [float(t) for t in timesteps]
-    if not times or any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+    if not times or any(later >= earlier for earlier, later in pairwise(times)):
         raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
     key = (_fingerprint(scheduler), "renoise", tuple(times))
     return cache.get(key, lambda: _renoise(scheduler, times))

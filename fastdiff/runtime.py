@@ -50,14 +50,14 @@ class Runtime:
         if not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch: expected an integer >= 1, got {max_batch!r}")
         self.family: Family = family_of(pipe, height, width)
-        sizes = range(1, max_batch + 1)
+        sizes = set(range(1, max_batch + 1))
         if mode == "compiled":
-            sizes = sorted({2**power for power in range(max_batch.bit_length()) if 2**power < max_batch} | {max_batch})
+            sizes = {size for size in sizes if size.bit_count() == 1} | {max_batch}
         self.plan = CapturePlan(
             latent_shape=self.family.latent_shape,
             dtype=self.family.dtype,
             conditioning=self.family.conditioning,
-            **{"batch_sizes": tuple(sizes)} | capacities,
+            **{"batch_sizes": tuple(sorted(sizes))} | capacities,
         )
         self.slots = Slots(self.plan, self.family.device)
         self.steps = Steps(self.family.denoiser, self.slots, mode)
@@ -175,7 +175,10 @@ class _Occupant:
 
 
 class Session:
-    """A host's loop: `add` states, `step` until slots finish, `take` them. A slot never moves while its request runs."""
+    """A host's own loop: `add` states, `step` until slots finish, `take` them.
+
+    A slot never moves while its request runs. One thread at a time; tensors go in and come out as copies.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         if runtime._holder == threading.get_ident():

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     layout: RowLayout
     latent_shape: tuple[int, ...]
     dtype: torch.dtype
-    index: Tensor  # [n] int64: 0, 1, ..., n - 1
+    slot: Tensor  # [n] int64: 0, 1, ..., n - 1
     table: Tensor  # [n, R + 1, F] float32: packed rows; the row after a request's last repeats it, and is never applied
     row: Tensor  # [n] int64: the row to run next
     end: Tensor  # [n] int64: the request's rows; an idle slot has none
@@ -43,7 +43,7 @@ class Slots:
             layout=layout,
             latent_shape=plan.latent_shape,
             dtype=plan.dtype,
-            index=torch.arange(slots, device=device),
+            slot=torch.arange(slots, device=device),
             table=torch.zeros(slots, plan.rows + 1, layout.width, device=device),
             row=torch.zeros(slots, dtype=torch.int64, device=device),
             end=torch.zeros(slots, dtype=torch.int64, device=device),
@@ -54,13 +54,15 @@ class Slots:
                 for name, shape in plan.conditioning.items()
             },
         )
-        self._batches = {size: self._first(size) for size in plan.batch_sizes}
+        self._batches = {size: self._view(slice(size)) for size in plan.batch_sizes}
+        self._places = [self._view(slot) for slot in range(slots)]  # made once: a view costs as much as a copy
+        self._has_noise = [False] * slots
 
-    def _first(self, n: int) -> Batch:
+    def _view(self, part: slice | int) -> Batch:
         own = self._all
         return own._replace(
-            **{name: getattr(own, name)[:n] for name in ("index", "table", "row", "end", "latents", "noise")},
-            conditioning={name: tensor[:n] for name, tensor in own.conditioning.items()},
+            **{name: getattr(own, name)[part] for name in ("slot", "table", "row", "end", "latents", "noise")},
+            conditioning={name: tensor[part] for name, tensor in own.conditioning.items()},
         )
 
     def batch(self, n: int) -> Batch:
@@ -80,32 +82,36 @@ class Slots:
         """Write all of a request's state into `slot`, over whatever was there: nothing of a former request stays."""
         table, latents = state.prepared
         self.plan.check(table)
-        own, memory = self._all, table.memory
-        packed = _with_parking_row(table, own.layout)
-        own.table[slot, : len(packed)].copy_(packed, non_blocking=True)
+        place, memory = self._places[slot], table.memory
+        packed = _with_parking_row(table, place.layout)
+        place.table[: len(packed)].copy_(packed, non_blocking=True)
         if state.guidance_scale != 1.0:
-            own.table[slot, : len(packed), GUIDANCE].fill_(state.guidance_scale)
-        own.latents[slot, :memory].copy_(latents.flatten(1), non_blocking=True)
-        own.latents[slot, memory:].zero_()  # idle memory has weight 0, and 0 * nan is nan
-        own.noise[slot].zero_()
-        for name, tensor in own.conditioning.items():
-            tensor[slot].copy_(state.conditioning[name], non_blocking=True)
-        own.row[slot].fill_(state.row)
-        own.end[slot].fill_(len(table))
+            place.table[: len(packed), GUIDANCE].fill_(state.guidance_scale)
+        place.latents[:memory].copy_(latents.flatten(1), non_blocking=True)
+        if memory < place.layout.memory:
+            place.latents[memory:].zero_()  # idle memory has weight 0, and 0 * nan is nan
+        if self._has_noise[slot]:
+            place.noise.zero_()
+            self._has_noise[slot] = False
+        for name, tensor in place.conditioning.items():
+            tensor.copy_(state.conditioning[name], non_blocking=True)
+        place.row.fill_(state.row)
+        place.end.fill_(len(table))
 
     def put_noise(self, slot: int, row: int, noise: Sequence[Tensor]) -> None:
         """Write the draws of `row` into the slot's ring."""
-        ring = self._all.noise[slot, row % self.plan.ring_depth]
+        ring = self._places[slot].noise[row % self.plan.ring_depth]
+        self._has_noise[slot] = True
         for draw, eps in enumerate(noise):
             ring[draw].copy_(eps.flatten(), non_blocking=True)
 
     def read(self, slot: int, memory: int) -> Tensor:
         """A copy of the slot's latents [K, C, H, W]."""
-        return self._all.latents[slot, :memory].unflatten(1, self.plan.latent_shape).clone()
+        return self._places[slot].latents[:memory].view(memory, *self.plan.latent_shape).clone()
 
     def park(self, slot: int) -> None:
         """Stop the slot where it is: steps pass it by until the next load."""
-        self._all.end[slot].fill_(0)
+        self._places[slot].end.fill_(0)
 
 
 @lru_cache(maxsize=256)

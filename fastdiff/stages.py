@@ -66,9 +66,7 @@ def denoise(family: Family, state: RequestState, rows: int | None = None) -> Req
             if table.draws[row]:
                 if state.generator is None:
                     raise ValueError(f"{table.source} draws noise at row {row}, and the state has no generator")
-                noise = row_noise(
-                    state.generator, table.draws[row], latents.shape[1:], state.dtype, latents.device
-                )
+                noise = row_noise(state.generator, table.draws[row], latents.shape[1:], state.dtype, latents.device)
             sample = table.model_input(row, latents).to(state.dtype)[None]
             timestep = table.timesteps[row : row + 1].to(latents.device, torch.float32)
             model_output = family.denoiser(sample, timestep, conditioning, guidance)[0]

@@ -16,7 +16,7 @@ def denoise_step(denoiser: Denoiser, batch: Batch) -> None:
     """
     n, K, P = batch.latents.shape
     terms = batch.layout.terms
-    coefficients = batch.table[batch.index, batch.row]  # [n, F], the only gather
+    coefficients = batch.table[batch.slot, batch.row]  # [n, F], the only gather
     scalars, clip, weights = coefficients.split([batch.layout.scalars, K + 1, K * terms], dim=1)
     t, c_in, guidance, lo, hi = scalars.unbind(1)  # [n] each
 
@@ -26,7 +26,7 @@ def denoise_step(denoiser: Denoiser, batch: Batch) -> None:
 
     latents = torch.cat([state, model_output], dim=1)  # [n, K + 1, P]
     phi = (clip[:, :, None] * latents).sum(1).clamp(lo[:, None], hi[:, None])  # [n, P]
-    eps = batch.noise[batch.index, batch.row % batch.noise.shape[1]]  # [n, Z, P]
+    eps = batch.noise[batch.slot, batch.row % batch.noise.shape[1]]  # [n, Z, P]
     basis = torch.cat([latents, phi[:, None], eps], dim=1)  # [n, K + 2 + Z, P]
     advanced = (weights.view(n, K, terms, 1) * basis[:, None]).sum(2)  # [n, K, P]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ class StableDiffusion:
         self.dtype: torch.dtype = pipe.unet.dtype
         self.text_shape = (pipe.tokenizer.model_max_length, config.cross_attention_dim)  # (L, D)
         self.conditioning: Mapping[str, tuple[int, ...]] = {"prompt_embeds": (2, *self.text_shape)}
+        self._encoding = threading.Lock()  # fast tokenizers raise "Already borrowed" when two threads call one
 
     @property
     def scheduler(self) -> Any:
@@ -66,15 +68,16 @@ class StableDiffusion:
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """{"prompt_embeds": [2, L, D]}: unconditional, conditional. Without guidance both are the prompt's."""
-        conditional, unconditional = self.pipe.encode_prompt(
-            request.prompt,
-            self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=request.guided,
-            negative_prompt=request.negative_prompt,
-            prompt_embeds=_batched(request.prompt_embeds),
-            negative_prompt_embeds=_batched(request.negative_prompt_embeds),
-        )
+        with self._encoding:
+            conditional, unconditional = self.pipe.encode_prompt(
+                request.prompt,
+                self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=request.guided,
+                negative_prompt=request.negative_prompt,
+                prompt_embeds=_batched(request.prompt_embeds),
+                negative_prompt_embeds=_batched(request.negative_prompt_embeds),
+            )
         if not request.guided:
             unconditional = conditional
         return {"prompt_embeds": torch.cat([unconditional, conditional]).to(self.device, self.dtype)}

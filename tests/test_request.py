@@ -1,0 +1,49 @@
+"""Requests are checked where they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff import Request, Result
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of prompt and prompt_embeds"),
+        ({"prompt": "x", "prompt_embeds": torch.zeros(1)}, "exactly one of prompt and prompt_embeds"),
+        ({"prompt": "x", "steps": 0}, "steps: expected an integer >= 1, got 0"),
+        ({"prompt": "x", "steps": 2.5}, "steps: expected an integer >= 1, got 2.5"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
+        ({"prompt": "x", "guidance_scale": "high"}, "guidance_scale: expected a finite number"),
+        ({"prompt": "x", "seed": 2**64}, "seed: expected a 64-bit integer"),
+        ({"prompt": "x", "timesteps": [1], "sigmas": [1.0]}, "at most one of timesteps and sigmas"),
+        ({"prompt": "x", "negative_prompt": "y", "negative_prompt_embeds": torch.zeros(1)}, "at most one of negative"),
+    ],
+)
+def test_bad_requests_say_what_was_expected(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(**fields)
+
+
+def test_the_schedule_is_what_tabulate_takes() -> None:
+    assert Request(prompt="x").schedule == {"num_inference_steps": 50}
+    assert Request(prompt="x", sigmas=[1.0, 0.5]).schedule == {"sigmas": [1.0, 0.5]}
+    assert Request(prompt="x", steps=3, scheduler_options={"eta": 1.0}).schedule == {
+        "num_inference_steps": 3,
+        "eta": 1.0,
+    }
+    assert not Request(prompt="x", guidance_scale=1.0).guided
+
+
+def test_a_result_without_an_image_raises_its_own_error() -> None:
+    failed = Result(
+        request=Request(prompt="x"), latents=torch.zeros(1), image=None, rows=1, error=ArithmeticError("no")
+    )
+    with pytest.raises(ArithmeticError, match="no"):
+        failed.to_pil()
+    made = Result(request=Request(prompt="x"), latents=torch.zeros(1), image=torch.ones(1, 2, 3), rows=1)
+    assert made.to_pil().size == (3, 2)

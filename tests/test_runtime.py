@@ -1,0 +1,330 @@
+"""Requests in, images out: diffusers' images, whatever else is in the batch; and the session that hosts drive."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import NotLinear, NumericalError, PlanMismatch, Request, RequestState, Runtime, Session
+from fastdiff.noise import copy_generator
+from fastdiff.stages import scheduler_of
+
+MIXED = [
+    Request(prompt="a handwritten one", steps=4, guidance_scale=3.0, seed=1, scheduler="Euler"),
+    Request(prompt="a handwritten two", steps=7, guidance_scale=1.0, seed=2, scheduler="EulerAncestral"),
+    Request(prompt="a handwritten three", steps=5, guidance_scale=5.0, seed=3, scheduler="UniPCMultistep"),
+    Request(prompt="a handwritten four", steps=6, seed=4, negative_prompt="a handwritten nine"),
+    Request(prompt="a handwritten five", steps=3, guidance_scale=2.0, seed=5, scheduler="Heun"),
+    Request(prompt="a handwritten six", steps=4, seed=6, scheduler="PNDM"),
+    Request(prompt="a handwritten seven", steps=5, seed=7, scheduler="LCM", guidance_scale=1.5),
+    Request(prompt="a handwritten eight", seed=8, scheduler="DDPM", timesteps=[900, 500, 200]),
+    Request(prompt="a handwritten nine", seed=9, scheduler="EulerDiscrete", sigmas=[12.0, 4.0, 1.0]),
+    Request(prompt="a handwritten zero", seed=10, steps=5, scheduler_options={"eta": 1.0}),
+]
+
+
+def diffusers_image(pipe: Any, request: Request) -> torch.Tensor:
+    """The untouched pipeline's own image for the same request."""
+    components = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    template = scheduler_of(pipe.scheduler, request.scheduler)
+    own = type(pipe)(**components, scheduler=type(template).from_config(template.config), requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    steps = {} if request.steps is None else {"num_inference_steps": request.steps}
+    output = own(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        guidance_scale=request.guidance_scale,
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+        eta=request.scheduler_options.get("eta", 0.0),
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="pt",
+        **steps,
+    )
+    return output.images[0]  # type: ignore[no-any-return]  # diffusers is untyped
+
+
+def test_a_mixed_batch_gives_every_request_its_own_diffusers_image(pipe: Any, runtime: Runtime) -> None:
+    """Ten requests over four slots: samplers, steps, guidance, seeds, prompts and schedules all differ."""
+    for result in runtime.generate(MIXED):
+        assert result.error is None
+        assert result.image is not None
+        expected = diffusers_image(pipe, result.request)
+        assert (result.image - expected).abs().max() <= 1e-4, result.request
+
+
+def test_embeddings_and_latents_may_be_given(pipe: Any, runtime: Runtime) -> None:
+    request = MIXED[0]
+    positive, negative = pipe.encode_prompt(request.prompt, "cpu", 1, True)
+    latents = torch.randn(runtime.plan.latent_shape, generator=torch.Generator().manual_seed(request.seed))
+    given = Request(
+        prompt_embeds=positive[0], negative_prompt_embeds=negative[0], latents=latents,
+        steps=4, guidance_scale=3.0, scheduler="Euler",
+    )  # fmt: skip
+    expected, got = runtime.generate([request])[0], runtime.generate([given])[0]
+    assert torch.equal(expected.latents, got.latents)
+
+
+def test_generate_leaves_requests_in_order_and_empty_is_empty(runtime: Runtime) -> None:
+    assert runtime.generate([]) == []
+    results = runtime.generate(MIXED[:6])
+    assert [result.request for result in results] == MIXED[:6]
+    assert [result.rows for result in results] == [4, 7, 5, 6, 5, 13]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"scheduler": "Eular"}, ValueError, "expected one of"),
+        ({"scheduler": "DPMSolverSDE"}, NotLinear, "Brownian"),
+        ({"scheduler": "DDPM", "steps": 400}, PlanMismatch, "needs rows = 400"),
+        ({"scheduler_options": {"etta": 1.0}}, TypeError, "etta"),
+        ({"latents": torch.zeros(1, 8, 8)}, PlanMismatch, "latents: expected shape"),
+        ({"latents": torch.full((4, 8, 8), float("nan"))}, ValueError, "latents: expected finite"),
+        ({"negative_prompt_embeds": torch.zeros(3, 3)}, PlanMismatch, "negative_prompt_embeds: expected shape"),
+        ({"steps": 2000}, ValueError, "2000"),
+    ],
+)
+def test_an_unsupported_request_raises_before_model_work_and_names_its_index(
+    pipe: Any, runtime: Runtime, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    bad = Request(prompt="x", **fields)
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(error, match=rf"requests\[1\]: .*{message}"):
+            runtime.generate([MIXED[0], bad])
+    finally:
+        hook.remove()
+    assert not calls
+    reason = runtime.supports(bad)
+    assert reason is not None
+    assert message in reason
+    assert runtime.supports(MIXED[0]) is None
+
+
+def test_something_else_than_a_request_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(TypeError, match=r"requests\[0\]: expected a fastdiff.Request, got str"):
+        runtime.generate(["a handwritten seven"])  # type: ignore[list-item]
+
+
+def test_an_image_that_is_not_finite_is_that_results_error_and_no_others(runtime: Runtime) -> None:
+    poisoned = Request(prompt="x", steps=4, seed=1, guidance_scale=1e38, scheduler="Euler")
+    alone = runtime.generate([MIXED[0], Request(prompt="x", steps=4, seed=1, scheduler="Euler")])
+    together = runtime.generate([MIXED[0], poisoned])
+    assert isinstance(together[1].error, NumericalError)
+    assert together[1].image is None
+    assert together[0].error is None
+    assert torch.equal(together[0].latents, alone[0].latents)
+
+
+def test_bad_constructor_arguments_are_refused(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="max_batch: expected an integer >= 1, got 0"):
+        Runtime(pipe, max_batch=0)
+    with pytest.raises(PlanMismatch, match="divisible by"):
+        Runtime(pipe, height=33, width=32)
+    with pytest.raises(PlanMismatch, match="expected one of StableDiffusionPipeline, got str"):
+        Runtime("pipe")
+
+
+def test_another_size_than_the_models_own(pipe: Any) -> None:
+    result = Runtime(pipe, max_batch=1, height=64, width=32).generate([MIXED[0]])[0]
+    assert result.image is not None
+    assert result.image.shape[1:] == (64, 32)
+
+
+# Runtime.denoise, the seam for hosts with stages of their own
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerAncestral"])
+def test_denoise_is_generate_without_the_stages(runtime: Runtime, scheduler: str) -> None:
+    requests = [
+        Request(prompt=f"a handwritten {word}", steps=4, seed=3, scheduler=scheduler) for word in ("one", "six")
+    ]
+    states = [runtime.prepare(request) for request in requests]
+    generators = [copy_generator(state.generator) for state in states if state.generator is not None]
+    before = [generator.get_state() for generator in generators]
+    table = states[0].prepared[0]
+    latents = runtime.denoise(
+        torch.stack([state.prepared[1][0] for state in states]),
+        {"prompt_embeds": torch.stack([state.conditioning["prompt_embeds"] for state in states])},
+        table,
+        requests[0].guidance_scale,
+        generators=generators,
+    )
+    expected = torch.stack([result.latents for result in runtime.generate(requests)])
+    assert torch.equal(latents, expected)
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
+
+
+def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
+    state = runtime.prepare(MIXED[1])
+    latents, conditioning = state.prepared[1][:1], {"prompt_embeds": state.conditioning["prompt_embeds"][None]}
+    table = state.prepared[0]
+    with pytest.raises(ValueError, match="guidance: expected one for each of 1 latents, got 2"):
+        runtime.denoise(latents, conditioning, table, [1.0, 2.0])
+    with pytest.raises(ValueError, match="draws noise: the state needs a generator"):
+        runtime.denoise(latents, conditioning, table)
+    with pytest.raises(PlanMismatch, match="conditioning: expected"):
+        runtime.denoise(latents, {}, table)
+    with pytest.raises(PlanMismatch, match="latents: expected shape"):
+        runtime.denoise(latents[:, :2], conditioning, table)
+
+
+# Sessions
+
+
+@pytest.fixture
+def session(runtime: Runtime) -> Iterator[Session]:
+    with runtime.session() as own:
+        yield own
+
+
+def finish(session: Session, slot: int) -> RequestState:
+    while slot not in session.step():
+        pass
+    return session.take(slot)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "UniPCMultistep", "EulerAncestral", "PNDM", "DPMSolverMultistep"])
+def test_saved_after_three_rows_and_resumed_it_is_bitwise_the_same(
+    session: Session, runtime: Runtime, tmp_path: Path, scheduler: str
+) -> None:
+    request = Request(prompt="a handwritten four", steps=6, seed=11, scheduler=scheduler)
+    slot = session.add(runtime.prepare(request))
+    for _ in range(3):
+        session.step()
+    session.save(slot, tmp_path / "state.safetensors")
+    whole = finish(session, slot)
+    resumed = finish(session, session.load(tmp_path / "state.safetensors"))
+    assert torch.equal(whole.prepared[1], resumed.prepared[1])
+    assert whole.generator is not None
+    assert resumed.generator is not None
+    assert torch.equal(whole.generator.get_state(), resumed.generator.get_state())
+
+
+RESUME = """
+import sys, torch, fastdiff
+torch.set_num_threads(1)
+runtime = fastdiff.Runtime(fastdiff.models.digits(), max_batch=4, memory=6)
+with runtime.session() as session:
+    slot = session.load(sys.argv[1])
+    while slot not in session.step(): pass
+    session.save(slot, sys.argv[2])
+"""
+
+
+def test_another_process_that_gets_only_the_file_makes_bitwise_the_same_image(
+    session: Session, runtime: Runtime, tmp_path: Path
+) -> None:
+    slot = session.add(runtime.prepare(Request(prompt="a handwritten four", steps=10, scheduler="EulerAncestral")))
+    for _ in range(7):
+        session.step()
+    session.save(slot, tmp_path / "seven-rows.safetensors")
+    subprocess.run(
+        [sys.executable, "-c", RESUME, tmp_path / "seven-rows.safetensors", tmp_path / "done.safetensors"], check=True
+    )
+    whole, resumed = finish(session, slot), RequestState.load(tmp_path / "done.safetensors")
+    assert torch.equal(whole.prepared[1], resumed.prepared[1])
+    assert torch.equal(runtime.family.decode(whole.sample), runtime.family.decode(resumed.sample))
+
+
+@pytest.mark.parametrize("scheduler", ["UniPCMultistep", "EulerAncestral"])
+def test_a_fork_is_independent_and_runs_on_as_its_origin_does(
+    session: Session, runtime: Runtime, scheduler: str
+) -> None:
+    origin = session.add(runtime.prepare(Request(prompt="a handwritten two", steps=5, seed=2, scheduler=scheduler)))
+    for _ in range(2):
+        session.step()
+    forked = session.fork(origin)
+    kept = forked.prepared[1].clone()
+    whole = finish(session, origin)
+    assert torch.equal(forked.prepared[1], kept)
+    assert torch.equal(finish(session, session.add(forked)).prepared[1], whole.prepared[1])
+
+
+def test_a_request_is_bitwise_the_same_whatever_runs_beside_it(session: Session, runtime: Runtime) -> None:
+    """Same slot, same batch size; the neighbours' contents change, to NaN at the worst."""
+    request = Request(prompt="a handwritten three", steps=5, seed=4, scheduler="DPMSolverMultistep")
+    neighbour = runtime.prepare(Request(prompt="a handwritten eight", steps=5, seed=1, scheduler="Heun"))
+    found = []
+    for fill in (0.0, 1.0, float("nan")):
+        other = neighbour.fork()
+        other.latents = other.prepared[1] * fill
+        slot, beside = session.add(runtime.prepare(request)), session.add(other)
+        found.append(finish(session, slot).prepared[1])
+        session.cancel(beside)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_slot_never_moves_and_holes_are_filled(session: Session, runtime: Runtime) -> None:
+    states = [runtime.prepare(Request(prompt="x", steps=steps, seed=steps)) for steps in (6, 2, 6)]
+    assert [session.add(state) for state in states] == [0, 1, 2]
+    assert session.step() == []
+    assert session.step() == [1]
+    assert session.step() == [1]  # until it is taken
+    assert session.take(1).row == 2
+    assert session.add(states[1]) == 1
+    assert session.free == 1
+    session.cancel(0)
+    assert session.add(states[0]) == 0
+
+
+def test_sessions_refuse_misuse_in_one_line(session: Session, runtime: Runtime, tmp_path: Path) -> None:
+    state = runtime.prepare(MIXED[0])
+    with pytest.raises(ValueError, match="expected a prepared state"):
+        session.add(RequestState(request=MIXED[0]))
+    for _ in range(4):
+        session.add(state)
+    with pytest.raises(PlanMismatch, match="all 4 slots are taken"):
+        session.add(state)
+    with pytest.raises(ValueError, match=r"slot: expected one of \[0, 1, 2, 3\], got 9"):
+        session.take(9)
+    with pytest.raises(RuntimeError, match="has a session of this runtime open"):
+        runtime.session()
+    session.close()
+    with pytest.raises(RuntimeError, match="session is closed"):
+        session.step()
+    runtime.session().close()
+
+
+def test_a_table_from_any_scheduler_object_is_served(pipe: Any, runtime: Runtime) -> None:
+    own = diffusers.DEISMultistepScheduler.from_config(pipe.scheduler.config, solver_order=3)
+    request = Request(prompt="a handwritten five", steps=6, seed=5, scheduler=own)
+    image = runtime.generate([request])[0].image
+    assert image is not None
+    assert (image - diffusers_image(pipe, request)).abs().max() <= 1e-4
+
+
+def test_threads_may_call_generate_at_once(runtime: Runtime) -> None:
+    alone = [runtime.generate([request])[0].latents for request in MIXED[:4]]
+    barrier = threading.Barrier(4)
+
+    def make(request: Request) -> torch.Tensor:
+        barrier.wait()
+        return runtime.generate([request])[0].latents
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(make, MIXED[:4]))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.compiles
+def test_compiled_images_are_the_eager_ones(pipe: Any, runtime: Runtime) -> None:
+    compiled = Runtime(pipe, max_batch=4, mode="compiled", batch_sizes=(4,), memory=6)
+    for own, reference in zip(compiled.generate(MIXED[:6]), runtime.generate(MIXED[:6]), strict=True):
+        assert own.image is not None
+        assert reference.image is not None
+        assert (own.image - reference.image).abs().max() <= 1e-4
+    assert fastdiff.table_cache.info().size > 0

@@ -1,0 +1,91 @@
+"""A request between two rows: forked, restarted, saved and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.noise import normal
+from fastdiff.state import RequestState
+from tests.conftest import LATENT_SHAPE, random_state, table
+
+
+def advanced_state() -> RequestState:
+    state = random_state(table("UniPCMultistepScheduler"), 3)
+    own, latents = state.prepared
+    for row in range(2):
+        latents = own.advance(row, latents, torch.sin(latents[0]))
+    return replace(state, latents=latents, row=2, conditioning={"text": torch.arange(6.0).bfloat16().view(2, 3)})
+
+
+def test_a_fork_shares_the_table_and_nothing_else() -> None:
+    state = advanced_state()
+    forked = state.fork()
+    assert forked.table is state.table
+    before = state.prepared[1].clone()
+    forked.prepared[1].zero_()
+    forked.conditioning["text"].zero_()
+    assert forked.generator is not None
+    assert state.generator is not None
+    normal(forked.generator, (3,), torch.float32, torch.device("cpu"))
+    assert torch.equal(state.prepared[1], before)
+    assert state.conditioning["text"].any()
+    assert not torch.equal(forked.generator.get_state(), state.generator.get_state())
+
+
+def test_a_restart_is_row_zero_with_cleared_memory_and_the_same_table() -> None:
+    """A causal pipeline restarts per chunk (a finding of the review of SGLang's PR #23716)."""
+    state = advanced_state()
+    own = state.prepared[0]
+    sample = torch.randn(LATENT_SHAPE)
+    chunk = state.restart(sample)
+    assert (chunk.row, chunk.table is own) == (0, True)
+    assert torch.equal(chunk.prepared[1], own.init(sample * own.init_noise_sigma))
+    assert not chunk.prepared[1][1:].any()
+    assert state.row == 2
+    assert state.prepared[1][1:].any()
+
+
+def test_a_restart_without_a_sample_draws_the_next_one_from_the_requests_generator() -> None:
+    state = advanced_state()
+    twin = state.fork()
+    assert twin.generator is not None
+    expected = normal(twin.generator, LATENT_SHAPE, torch.float32, torch.device("cpu"))
+    own = state.prepared[0]
+    assert torch.equal(state.restart().prepared[1][0], expected * own.init_noise_sigma)
+    with pytest.raises(ValueError, match="without a generator"):
+        replace(state, generator=None).restart()
+
+
+def test_save_and_load_give_the_same_state(tmp_path: Path) -> None:
+    state = replace(advanced_state(), guidance_scale=4.5, dtype=torch.bfloat16)
+    state.save(tmp_path / "state.safetensors")
+    loaded = RequestState.load(tmp_path / "state.safetensors")
+    assert loaded.table == state.table
+    assert torch.equal(loaded.prepared[1], state.prepared[1])
+    assert torch.equal(loaded.conditioning["text"], state.conditioning["text"])
+    assert loaded.conditioning["text"].dtype == torch.bfloat16
+    assert loaded.generator is not None
+    assert state.generator is not None
+    assert torch.equal(loaded.generator.get_state(), state.generator.get_state())
+    assert (loaded.row, loaded.guidance_scale, loaded.dtype) == (2, 4.5, torch.bfloat16)
+
+
+def test_a_file_is_a_few_kilobytes_plus_latents(tmp_path: Path) -> None:
+    state = random_state(table("EulerDiscreteScheduler", 20), 0)
+    state.save(tmp_path / "state.safetensors")
+    assert (tmp_path / "state.safetensors").stat().st_size < 16_384
+
+
+def test_another_kind_of_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    table("EulerDiscreteScheduler").save(tmp_path / "table.safetensors")
+    with pytest.raises(ValueError, match="expected a RequestState of format version 1, got another kind of file"):
+        RequestState.load(tmp_path / "table.safetensors")
+
+
+def test_an_unprepared_state_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Runtime\.prepare"):
+        RequestState(request=None).save(tmp_path / "state.safetensors")
