@@ -16,12 +16,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastdiff.errors import NotLinear, NumericalError
 from fastdiff.table import Draw, StepTable, TableCache, prune
@@ -92,11 +93,16 @@ def tabulate(
     before it (img2img). `kwargs` go by name to `set_timesteps` or `step`, whichever takes them (`eta`, `s_churn`,
     `original_inference_steps`, ...). Safe to call from many threads; each table is built once.
 
-    Raises NotLinear where no table exists, TypeError for a name that neither method takes, and whatever diffusers
-    itself raises for a schedule that it refuses.
+    Raises NotLinear where no table exists, NumericalError where diffusers itself divides by zero, TypeError for a name
+    that neither method takes, and whatever diffusers itself raises for a schedule that it refuses.
     """
     schedule = _Schedule.of(scheduler, num_inference_steps, timesteps, sigmas, mu, begin_index, kwargs)
     return cache.get((_fingerprint(scheduler), schedule.key), lambda: prune(probe(scheduler, schedule)))
+
+
+def not_linear(subject: str, why: str, instead: str) -> NotLinear:
+    """The one form of a refusal: who, why, and what to use instead."""
+    return NotLinear(f"{subject} is not a table: {why}. Use instead: {instead}.")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class _Schedule:
         name = type(scheduler).__name__
         if name in REFUSED:
             why, instead = REFUSED[name]
-            raise NotLinear(f"{name} is not a table: {why}. Use instead: {instead}.")
+            raise not_linear(name, why, instead)
         if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
             raise TypeError(f"expected a diffusers scheduler, got {name}")
         wanted = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
@@ -127,6 +133,8 @@ class _Schedule:
             if key in _RESERVED or (key not in schedule_names and key not in step_names):
                 offered = sorted((schedule_names | step_names) - set(_RESERVED) - {"num_inference_steps"})
                 raise TypeError(f"{name} takes no {key!r}; it takes {', '.join(offered)}")
+            if key not in schedule_names and isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+                raise not_linear(f"{name} with {key}", "rows hold numbers, not tensors", f"it without {key}")
             (to_set_timesteps if key in schedule_names else to_step)[key] = value
         if num_inference_steps is not None:
             to_set_timesteps["num_inference_steps"] = num_inference_steps
@@ -251,12 +259,13 @@ def _latent_or_inside(value: Any, shape: torch.Size, path: str, put: Callable[[T
 _LINEAR = {
     aten.add, aten.sub, aten.rsub, aten.neg, aten.clone, aten.detach, aten.alias, aten.lift_fresh, aten._to_copy,
     aten.view, aten._unsafe_view, aten._reshape_alias, aten.unsqueeze, aten.squeeze, aten.expand, aten.permute,
-    aten.transpose, aten.t, aten.stack, aten.cat, aten.select, aten.slice, aten.split, aten.unbind, aten.sum,
+    aten.transpose, aten.t, aten.stack, aten.cat, aten.split, aten.unbind,
     aten.zeros_like, aten.empty_like, aten.copy_, aten.add_, aten.sub_, aten.zero_, aten.repeat, aten.new_zeros,
     aten.new_empty, aten.split_with_sizes, aten.chunk, aten.positive,
 }  # fmt: skip
 _BILINEAR = {aten.mul, aten.mul_, aten.bmm, aten.mm, aten.matmul, aten.einsum, aten.lerp, aten.addcmul, aten.where}
 _QUOTIENT = {aten.div, aten.div_}
+_NARROWING = {aten.select, aten.slice, aten.sum}  # linear while what is left is a latent
 _NORMAL = {aten.randn, aten.randn_like, aten.normal, aten.normal_, aten.normal_functional}
 _OTHER_NOISE = {
     aten.rand, aten.rand_like, aten.uniform, aten.uniform_, aten.bernoulli, aten.bernoulli_, aten.multinomial,
@@ -277,9 +286,11 @@ class _Interception(TorchDispatchMode):
         shape: torch.Size,
         draw: Callable[[torch.Size, torch.dtype], Tensor],
         clamp: Callable[[Tensor, float, float], Tensor],
+        refuse: Callable[[str], NotLinear],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ndim, self.last, self.draw, self.clamp = len(shape), shape[-1], draw, clamp
+        self.ndim, self.last, self.numel = len(shape), shape[-1], shape.numel()
+        self.draw, self.clamp, self.refuse = draw, clamp, refuse
         self.suspect: str | None = None
 
     @classmethod
@@ -289,9 +300,11 @@ class _Interception(TorchDispatchMode):
     def is_latent(self, value: Any) -> bool:
         return (
             isinstance(value, Tensor)
-            and value.ndim >= self.ndim
-            and value.shape[-1] == self.last
             and value.dtype == torch.float64
+            and (
+                (value.ndim >= self.ndim and value.shape[-1] == self.last)
+                or (value.ndim > 1 and value.numel() == self.numel)  # reshaped, as thresholding does
+            )
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -305,9 +318,8 @@ class _Interception(TorchDispatchMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def other_noise(self, func: Any, args: Any, kwargs: Any) -> None:
-        raise NotLinear(
-            f"it draws {func.overloadpacket.__name__} noise, and only normal noise can be drawn ahead{_where()}"
-        )
+        name = func.overloadpacket.__name__
+        raise self.refuse(f"it draws {name} noise, and only normal noise can be drawn ahead{_where()}")
 
     def normal(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         op, tensors = func.overloadpacket, [value for value in args if isinstance(value, Tensor)]
@@ -316,17 +328,17 @@ class _Interception(TorchDispatchMode):
         else:
             size = torch.Size(args[2] if op is aten.normal else args[0])
             default = torch.get_default_dtype()
-        drawn = self.draw(size, kwargs.get("dtype") or default)
+        drawn: Tensor = self.draw(size, kwargs.get("dtype") or default)
         if op is aten.randn or op is aten.randn_like:
             return drawn
         mean, std = (*args[op is not aten.normal :], *(0.0, 1.0))[:2]
         drawn = drawn * std + mean
-        return args[0].copy_(drawn) if op is aten.normal_ else drawn
+        return _into(args[0], drawn) if op is aten.normal_ else drawn
 
     def down_cast(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         dtype = kwargs.get("dtype")
         if dtype is not None and dtype.is_floating_point and self.is_latent(args[0]):
-            return args[0].clone()
+            return torch.clone(args[0])
         return None
 
     def clamped(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
@@ -336,10 +348,10 @@ class _Interception(TorchDispatchMode):
         sides = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(name.rstrip("_"), ("min", "max"))
         bounds = dict(zip(sides, args[1:], strict=False)) | kwargs
         lo, hi = (bounds.get(side) for side in ("min", "max"))
-        if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in (lo, hi)):
-            raise NotLinear(f"it clamps latents by bounds that depend on them{_where()}")
+        if any(isinstance(bound, Tensor) and bound.ndim for bound in (lo, hi)):
+            raise self.refuse(f"it clamps latents by bounds that may depend on them{_where()}")
         phi = self.clamp(args[0], -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi))
-        return args[0].copy_(phi) if name.endswith("_") else phi
+        return _into(args[0], phi) if name.endswith("_") else phi
 
     def bilinear(self, func: Any, args: Any, kwargs: Any) -> None:
         if self._count(args) > 1:
@@ -349,6 +361,12 @@ class _Interception(TorchDispatchMode):
         if self.is_latent(args[1]):
             self.unknown(func, args, kwargs)
 
+    def narrowing(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        narrowed: Tensor = func(*args, **kwargs)
+        if self.is_latent(args[0]) and not self.is_latent(narrowed):
+            self.unknown(func, args, kwargs)
+        return narrowed
+
     def unknown(self, func: Any, args: Any, kwargs: Any) -> None:
         if self.suspect is None and self._count((args, *kwargs.values())):
             self.suspect = f"{func.overloadpacket.__name__} on a latent{_where()}"
@@ -357,6 +375,10 @@ class _Interception(TorchDispatchMode):
         return sum(
             self._count(value) if isinstance(value, (list, tuple)) else self.is_latent(value) for value in values
         )
+
+
+def _into(target: Tensor, value: Tensor) -> Tensor:
+    return target.copy_(value)
 
 
 _Answer = Callable[[_Interception, Any, Any, Any], Tensor | None]
@@ -375,6 +397,7 @@ def _answer(func: Any) -> _Answer | None:
         (_CLAMP, _Interception.clamped),
         (_BILINEAR, _Interception.bilinear),
         (_QUOTIENT, _Interception.quotient),
+        (_NARROWING, _Interception.narrowing),
     ]
     return next((method for ops, method in methods if op in ops), _Interception.unknown)
 
@@ -385,12 +408,12 @@ _ANSWERS: dict[int, _Answer | None] = {}  # overloads live as long as torch does
 
 def _where() -> str:
     """The innermost frame outside torch and this file, as ` (function, file:line)`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
         if filename != __file__ and "/torch/" not in filename:
             return f" ({frame.f_code.co_name}, {filename.rsplit('/', 1)[-1]}:{frame.f_lineno})"
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+        frame = frame.f_back
     return ""
 
 
@@ -431,9 +454,11 @@ class _Stepper:
         self.scheduler = pristine(scheduler)
         self.step_kwargs = dict(schedule.step)
         if getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range"):
-            raise NotLinear(
-                f"{self.name} with variance_type={self.scheduler.config.variance_type!r} is not a table: the model "
-                "predicts the variance. Use instead: variance_type='fixed_small'."
+            default = inspect.signature(type(scheduler)).parameters["variance_type"].default
+            raise not_linear(
+                f"{self.name} with variance_type={self.scheduler.config.variance_type!r}",
+                "the model predicts the variance",
+                f"variance_type={default!r}",
             )
         set_timesteps = dict(schedule.set_timesteps)
         if "device" in _named_parameters(type(scheduler))[0]:
@@ -449,7 +474,15 @@ class _Stepper:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(schedule.begin_index)
         self.timesteps = self.scheduler.timesteps[schedule.begin_index :]
+        if hasattr(self.scheduler, "get_lms_coefficient"):
+            self.scheduler.get_lms_coefficient = _unwatched(self.scheduler.get_lms_coefficient)
         self.takes_return_dict = "return_dict" in inspect.signature(self.scheduler.step).parameters
+
+    def refuse(self, why: str) -> NotLinear:
+        """The refusal of this scheduler, with the option to do without where one explains it."""
+        options = ("thresholding", "scale_factors", "clip_sample")
+        chosen = [option for option in options if getattr(self.scheduler.config, option, None)]
+        return not_linear(self.name, why, f"the same without {chosen[0]}" if chosen else "its own step()")
 
     def scale(self, sample: Tensor, timestep: Tensor) -> Tensor:
         if not hasattr(self.scheduler, "scale_model_input"):
@@ -469,6 +502,16 @@ class _Stepper:
             return output[0], None
         x0 = getattr(output, "pred_original_sample", None)
         return output.prev_sample, x0 if x0 is not None else getattr(output, "denoised", None)
+
+
+def _unwatched(coefficient: Callable[..., float]) -> Callable[..., float]:
+    """A number by numerical integration: thousands of operations, none on a latent, so none need be intercepted."""
+
+    def computed(*args: Any, **kwargs: Any) -> float:
+        with _disable_current_modes():
+            return coefficient(*args, **kwargs)
+
+    return computed
 
 
 def probe(scheduler: Any, schedule: _Schedule) -> StepTable:
@@ -530,11 +573,10 @@ class _Prober:
 
     def _read(self, tensor: Tensor) -> np.ndarray:
         if tensor.shape != self.shape:
-            raise NotLinear(
-                f"{self.stepper.name} is not a table: it changes the shape of its latents from "
-                f"{tuple(self.shape)} to {tuple(tensor.shape)}. Use instead: options that keep it."
+            raise self.stepper.refuse(
+                f"it changes the shape of its latents from {tuple(self.shape)} to {tuple(tensor.shape)}"
             )
-        return tensor.detach().double().flatten().numpy()
+        return tensor.detach().double().flatten().numpy().copy()  # a step may go on to write into the tensor
 
     def row(self, timestep: Tensor) -> _Row:
         """Step once; the row is what the outputs hold of each basis vector."""
@@ -545,14 +587,19 @@ class _Prober:
         for latent in held:
             latent.put(self._basis())
         model_output = self._basis()
-        with _Interception(self.shape, self._no_draw, self._no_clamp):
+        with _Interception(self.shape, self._no_draw, self._no_clamp, self.stepper.refuse):
             scaled = self._read(self.stepper.scale(sample, timestep))
         if np.isfinite(scaled).all() and scaled[1:].any():
-            raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input is no scaling of the sample")
+            raise self.stepper.refuse("scale_model_input is no scaling of the sample")
         converts = hasattr(scheduler, "convert_model_output")
         before = _fork(scheduler)
         trace = self._step(scheduler, sample, timestep, model_output)
         latents = list(_latents(scheduler, self.shape))
+        images = np.stack([trace.sample, *(self._read(latent.value) for latent in latents)])
+        if np.isfinite(images).all() and images[:, self._next :].any():
+            raise self.stepper.refuse("it adds a constant to its latents")
+        x0: np.ndarray | None
+        x0_source: str | None
         if trace.x0 is not None:
             x0, x0_source = trace.x0, "output"
         elif trace.converted is not None:
@@ -565,7 +612,7 @@ class _Prober:
             c_in=float(scaled[0]) if np.isfinite(scaled).all() else math.nan,
             start=("sample", *(latent.path for latent in held)),
             end=("sample", *(latent.path for latent in latents)),
-            images=np.stack([trace.sample, *(self._read(latent.value) for latent in latents)]),
+            images=images,
             trace=trace,
             x0=x0,
             x0_source=x0_source,
@@ -576,16 +623,16 @@ class _Prober:
 
         def draw(size: torch.Size, dtype: torch.dtype) -> Tensor:
             if size != self.shape:
-                raise NotLinear(f"{self.stepper.name} is not a table: its noise has another shape than its latents")
+                raise self.stepper.refuse("its noise has another shape than its latents")
             trace.draws.append(None if dtype == torch.float64 else dtype)
             trace.noise.append(self._next)
             return self._basis()
 
         def clamp(value: Tensor, lo: float, hi: float) -> Tensor:
             r = self._read(value)
-            if trace.phi is not None or r[given:].any():
+            if trace.phi is not None or (np.isfinite(r).all() and r[given:].any()):
                 what = "clamps twice in a row" if trace.phi is not None else "clamps a noisy latent"
-                raise NotLinear(f"{self.stepper.name} is not a table: it {what}{_where()}")
+                raise self.stepper.refuse(f"it {what}{_where()}")
             trace.phi, trace.r, trace.lo, trace.hi = self._next, r, lo, hi
             return self._basis()
 
@@ -600,7 +647,7 @@ class _Prober:
 
             scheduler.convert_model_output = watched  # on this copy alone
         try:
-            with _Interception(self.shape, draw, clamp) as interception:
+            with _Interception(self.shape, draw, clamp, self.stepper.refuse) as interception:
                 following, x0 = self.stepper.step(sample, timestep, model_output, scheduler)
         finally:
             if convert is not None:
@@ -661,10 +708,10 @@ class _Prober:
         return kept + phi if memoryless else None
 
     def _no_draw(self, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input draws noise")
+        raise self.stepper.refuse("scale_model_input draws noise")
 
     def _no_clamp(self, value: Tensor, lo: float, hi: float) -> Tensor:
-        raise NotLinear(f"{self.stepper.name} is not a table: scale_model_input clamps the sample")
+        raise self.stepper.refuse("scale_model_input clamps the sample")
 
 
 def _fork(scheduler: Any) -> Any:
@@ -689,7 +736,7 @@ def _assemble(rows: list[_Row], source: str, init_noise_sigma: float) -> StepTab
     x0_source = sources.pop() if len(sources) == 1 else None
     for i, row in enumerate(rows):
         if i and rows[i - 1].end != row.start:
-            raise NotLinear(f"{source} is not a table: its latents change between two steps")
+            raise not_linear(source, "its latents change between two steps", "its own step()")
         given, end, trace = len(row.start), len(row.end), row.trace
         A[i, :end, :given] = row.images[:, :given]
         b[i, :end] = row.images[:, given]
@@ -734,7 +781,7 @@ def _require_finite(table: StepTable, scheduler: Any) -> None:
     )
     raise NumericalError(
         f"{table.source} divides by zero at row {row} of {len(table)} (timestep {table.timesteps[row].item():g}): "
-        f"diffusers' own step() gives inf or NaN there too. Options: {options or 'all defaults'}. "
+        f"diffusers' own step() computes inf or NaN there too. Options: {options or 'all defaults'}. "
         "Use instead: another prediction_type, final sigma or begin index."
     )
 
@@ -752,7 +799,7 @@ def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str |
 
     def draw(size: torch.Size, dtype: torch.dtype) -> Tensor:
         noise.append(normal() * scales)
-        return noise[-1]
+        return noise[-1].clone()
 
     sample = normal() * scales * table.init_noise_sigma
     state = table.init(sample)
@@ -760,7 +807,7 @@ def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str |
     for row, timestep in enumerate(stepper.timesteps[: len(table)]):
         model_output = normal() * scales
         noise.clear()
-        with _Interception(sample.shape, draw, torch.clamp):
+        with _Interception(sample.shape, draw, torch.clamp, stepper.refuse):
             scaled = stepper.scale(sample, timestep)
             following, x0 = stepper.step(sample, timestep, model_output)
         if len(noise) != len(table.draws[row]) or following.shape != sample.shape:
@@ -773,18 +820,9 @@ def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str |
         sample = following
         pairs.append((sample, state[0]))
         error = max(error, *(_relative_error(expected, got) for expected, got in pairs))
-    if not error <= PROOF_TOLERANCE:
-        options = [
-            f"{option}=True"
-            for option in ("thresholding", "clip_sample")
-            if getattr(stepper.scheduler.config, option, False)
-        ]
-        cause = suspect or "a step that depends on more than its latents"
-        raise NotLinear(
-            f"{type(scheduler).__name__} is not a table: {cause}; its rows are off by {error:.1e} "
-            f"(allowed {PROOF_TOLERANCE:.0e}). Use instead: "
-            + (f"the scheduler without {options[0]}." if options else "the scheduler's own step().")
-        )
+    if error > PROOF_TOLERANCE:
+        cause = suspect or "a step depends on more than its latents"
+        raise stepper.refuse(f"{cause}; its rows are off by {error:.1e} (allowed {PROOF_TOLERANCE:.0e})")
 
 
 def _relative_error(expected: Tensor, got: Tensor) -> float:
@@ -812,7 +850,9 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
 
 def _renoise(scheduler: Any, times: list[float]) -> StepTable:
     name = type(scheduler).__name__
-    whole = _Schedule.of(scheduler, int(scheduler.config.num_train_timesteps), None, None, None, 0, {})
+    steps = int(scheduler.config.num_train_timesteps)
+    of_all = {"original_inference_steps": steps} if hasattr(scheduler.config, "original_inference_steps") else {}
+    whole = _Schedule.of(scheduler, steps, None, None, None, 0, of_all)
     with _plain_torch():
         entries = _Stepper(scheduler, whole).timesteps
         rows: list[_Row] = []
@@ -823,7 +863,9 @@ def _renoise(scheduler: Any, times: list[float]) -> StepTable:
             prober = _Prober(stepper, 32)
             row = prober.row(entries[index])
             if row.x0 is None:
-                raise NotLinear(f"{name} tells no x0 at timestep {t:g}, so nothing can be re-noised")
+                raise not_linear(
+                    f"{name} re-noised", f"it tells no x0 at timestep {t:g}", "FlowMatchEulerDiscreteScheduler or LCM"
+                )
             levels.append(_noise_level(scheduler, whole, entries[index]))
             rows.append(row)
     count = len(rows)
@@ -855,16 +897,21 @@ def _renoise(scheduler: Any, times: list[float]) -> StepTable:
 
 def _noise_level(scheduler: Any, schedule: _Schedule, timestep: Tensor) -> tuple[float, float]:
     """(alpha, sigma) of the scheduler's own `add_noise` (or `scale_noise`) at `timestep`."""
-    own = _Stepper(scheduler, schedule).scheduler
+    stepper = _Stepper(scheduler, schedule)
+    own = stepper.scheduler
     if hasattr(own, "_begin_index"):
         own._begin_index = None  # else add_noise takes the begin index for the timestep's
     clean, eps = torch.eye(2, dtype=torch.float64)[:, None, None, None].unbind(0)
-    with _Interception(clean.shape, lambda size, dtype: torch.zeros(size), torch.clamp):
+    with _Interception(clean.shape, lambda size, dtype: torch.zeros(size), torch.clamp, stepper.refuse):
         if hasattr(own, "add_noise"):
             noisy = own.add_noise(clean, eps, timestep.reshape(1))
         elif hasattr(own, "scale_noise"):
             noisy = own.scale_noise(clean, timestep.reshape(1), eps)
         else:
-            raise NotLinear(f"{type(scheduler).__name__} has neither add_noise nor scale_noise to re-noise with")
+            raise not_linear(
+                f"{stepper.name} re-noised",
+                "it has neither add_noise nor scale_noise",
+                "FlowMatchEulerDiscreteScheduler",
+            )
     alpha, sigma = noisy.flatten().tolist()
     return alpha, sigma

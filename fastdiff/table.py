@@ -17,11 +17,12 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -132,25 +133,19 @@ class StepTable:
         """What the model sees at `row`: the sample of `state` [K, ...], scaled."""
         return state[0] * self.c_in[row].item()
 
-    def advance(
-        self, row: int, state: Tensor, model_output: Tensor, noise: Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def advance(self, row: int, state: Tensor, model_output: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
         """The state [K, ...] after `row`. `model_output` [...] after guidance; `noise`: one [...] tensor per draw."""
         terms = self._terms(row, state, model_output, noise)
         weights = torch.cat([self.A[row], self.b[row, :, None], self.d[row, :, None], self.C[row]], dim=1)
         return torch.stack([_combine(weights[k].tolist(), terms) for k in range(self.memory)])
 
-    def x0(
-        self, row: int, state: Tensor, model_output: Tensor, noise: Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def x0(self, row: int, state: Tensor, model_output: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
         """The sampler's own prediction of the clean sample [...] at `row`."""
         if self.x0_source is None:
             raise ValueError(f"{self.source} predicts no x0: neither its output nor its steps tell one")
         return _combine(self.x0_row[row].tolist(), self._terms(row, state, model_output, noise))
 
-    def _terms(
-        self, row: int, state: Tensor, model_output: Tensor, noise: Sequence[Tensor] | None
-    ) -> list[Tensor]:
+    def _terms(self, row: int, state: Tensor, model_output: Tensor, noise: Sequence[Tensor] | None) -> list[Tensor]:
         noise = list(noise or ())
         if len(noise) != len(self.draws[row]):
             raise ValueError(
@@ -164,17 +159,22 @@ class StepTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table to a safetensors file."""
-        save_file(self._tensors(), path, self._metadata())
+        tensors, metadata = self.to_tensors()
+        save_file(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> StepTable:
         """Read a table that `save` wrote; any other file is a ValueError."""
-        with safe_open(path, framework="pt") as file:
-            return cls.from_tensors({name: file.get_tensor(name) for name in file.keys()}, file.metadata())
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not iterable itself
+                return cls.from_tensors(tensors, file.metadata())
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected a whole safetensors file, got another or a truncated one") from error
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata of a safetensors file, for those who write more beside them."""
-        return self._tensors(), self._metadata()
+        return self._tensors(), {**self._metadata(), "digest": self.digest}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> StepTable:
@@ -185,7 +185,10 @@ class StepTable:
                 f"expected a StepTable of format version {FORMAT_VERSION}, got {found or 'another kind of file'}; "
                 "tabulate the scheduler again and save it with this version"
             )
-        return cls(
+        missing = [name for name in _TENSOR_NAMES if name not in tensors]
+        if missing:
+            raise ValueError(f"expected the tensors of a StepTable, missing {', '.join(missing)}")
+        table = cls(
             **{name: tensors[name] for name in _TENSOR_NAMES},
             init_noise_sigma=float(metadata["init_noise_sigma"]),
             draws=tuple(
@@ -195,6 +198,9 @@ class StepTable:
             x0_source=metadata["x0_source"] or None,
             source=metadata["source"],
         )
+        if table.digest != metadata.get("digest"):
+            raise ValueError(f"{table!r} is not what was saved: the digest in the file is {metadata.get('digest')}")
+        return table
 
     @staticmethod
     def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
@@ -225,12 +231,15 @@ _TENSOR_NAMES = tuple(field.name for field in fields(StepTable) if field.type ==
 
 
 def _combine(weights: list[float], terms: Sequence[Tensor]) -> Tensor:
-    """Sum of weight * term over the terms that have one: a term of weight 0 is never read, so it may be NaN."""
-    total = torch.zeros_like(terms[0])
+    """Sum of weight * term over the terms that have one: a term of weight 0 is never read, so it may be NaN.
+
+    Accumulated in float64: some rows subtract terms hundreds of times their sum (SASolver predicting noise).
+    """
+    total = torch.zeros_like(terms[0], dtype=torch.float64)
     for weight, term in zip(weights, terms, strict=False):  # rows are padded to the most draws of any row
         if weight:
-            total += weight * term
-    return total
+            total += weight * term.double()
+    return total.to(terms[0].dtype)
 
 
 def prune(table: StepTable) -> StepTable:
@@ -254,12 +263,11 @@ def prune(table: StepTable) -> StepTable:
         live.insert(0, torch.nonzero(reads).flatten().tolist())
     memory, rows = max(map(len, live)), len(table)
 
-    A = torch.zeros(rows, memory, memory, dtype=torch.float64)
-    b, d = (torch.zeros(rows, memory, dtype=torch.float64) for _ in range(2))
-    C = torch.zeros(rows, memory, table.max_draws, dtype=torch.float64)
-    r = torch.zeros(rows, memory + 1, dtype=torch.float64)
-    x0_row = torch.zeros(rows, memory + 2 + table.max_draws, dtype=torch.float64)
-    for row, (start, end) in enumerate(zip(live, live[1:], strict=False)):
+    zeros = table.A.new_zeros  # on the CPU and in float64, whatever the caller's defaults
+    A, C = zeros(rows, memory, memory), zeros(rows, memory, table.max_draws)
+    b, d = zeros(rows, memory), zeros(rows, memory)
+    r, x0_row = zeros(rows, memory + 1), zeros(rows, memory + 2 + table.max_draws)
+    for row, (start, end) in enumerate(pairwise(live)):
         A[row, : len(end), : len(start)] = table.A[row][end][:, start]
         b[row, : len(end)] = table.b[row, end]
         d[row, : len(end)] = table.d[row, end]
@@ -313,7 +321,7 @@ def pack(table: StepTable, layout: RowLayout) -> Tensor:
     if table.memory > layout.memory or table.max_draws > layout.draws:
         raise ValueError(f"{table!r} does not fit a layout of {layout.memory} latents and {layout.draws} draws")
     rows, K, Z = len(table), table.memory, table.max_draws
-    packed = torch.zeros(rows, layout.width, dtype=torch.float64)
+    packed = table.A.new_zeros(rows, layout.width)
     packed[:, 0], packed[:, 1], packed[:, GUIDANCE], packed[:, 3], packed[:, 4] = (
         table.timesteps, table.c_in, torch.ones(rows), table.lo, table.hi,
     )  # fmt: skip
