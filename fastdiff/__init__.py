@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastdiff.ownership import Lease as Lease
     from fastdiff.ownership import acquire as acquire
     from fastdiff.plan import CapturePlan as CapturePlan
-    from fastdiff.probe import cache as table_cache
+    from fastdiff.probe import table_cache
     from fastdiff.probe import tabulate as tabulate
     from fastdiff.request import Request as Request
     from fastdiff.request import Result as Result

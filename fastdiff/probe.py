@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
 _RESERVED = ("generator", "return_dict", "model_output", "timestep", "sample", "variance_noise", "device")
 _SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index"})
 
-cache = TableCache()
+table_cache = TableCache()
 """Tables by scheduler and arguments; `fastdiff.table_cache.info()` counts."""
 
 
@@ -97,7 +97,7 @@ def tabulate(
     that neither method takes, and whatever diffusers itself raises for a schedule that it refuses.
     """
     schedule = _Schedule.of(scheduler, num_inference_steps, timesteps, sigmas, mu, begin_index, kwargs)
-    return cache.get((_fingerprint(scheduler), schedule.key), lambda: prune(probe(scheduler, schedule)))
+    return table_cache.get((_fingerprint(scheduler), schedule.key), lambda: prune(probe(scheduler, schedule)))
 
 
 def not_linear(subject: str, why: str, instead: str) -> NotLinear:
@@ -161,19 +161,33 @@ def _named_parameters(cls: type) -> tuple[frozenset[str], frozenset[str]]:
     return _parameters[cls]
 
 
+class _Content(NamedTuple):
+    """An array in a cache key: compared in full, hashed by its size alone, which is twenty times cheaper."""
+
+    kind: Hashable
+    content: bytes
+
+    def __hash__(self) -> int:
+        return len(self.content)
+
+
+_SCALARS = frozenset({int, float, bool, str, type(None)})
+
+
 def _freeze(value: Any) -> Hashable:
     """A hashable stand-in that is equal exactly when the contents are."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return kind, value  # 1, 1.0 and True are different arguments
     if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), value.detach().cpu().contiguous().numpy().tobytes()
+        return _Content((value.dtype, value.shape), value.numpy(force=True).tobytes())
     if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, value.tobytes()
+        return _Content((value.dtype, value.shape), value.tobytes())
     if isinstance(value, dict):
-        return tuple((key, _freeze(item)) for key, item in value.items())
+        return tuple([(key, _freeze(item)) for key, item in value.items()])
     if isinstance(value, (list, tuple)):
-        return type(value).__name__, *map(_freeze, value)
-    if isinstance(value, Hashable):
-        return type(value).__name__, value  # 1, 1.0 and True are different arguments
-    return repr(value)
+        return kind, *map(_freeze, value)
+    return (kind, value) if isinstance(value, Hashable) else repr(value)
 
 
 def _fingerprint(scheduler: Any) -> Hashable:
@@ -181,14 +195,14 @@ def _fingerprint(scheduler: Any) -> Hashable:
 
     What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
     """
-    attributes = tuple(
+    attributes = [
         (key, _freeze(value))
         for key, value in vars(scheduler).items()
         if key not in _SET_BY_SET_TIMESTEPS
-        and (isinstance(value, (int, float, str, bool)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2))
-    )
-    config = tuple((key, _freeze(value)) for key, value in scheduler.config.items() if not key.startswith("_"))
-    return type(scheduler), config, attributes
+        and (type(value) in _SCALARS or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2))
+    ]
+    config = [(key, _freeze(value)) for key, value in scheduler.config.items() if key[0] != "_"]
+    return type(scheduler), tuple(config), tuple(attributes)
 
 
 def pristine(scheduler: Any) -> Any:
@@ -845,7 +859,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     if not times or any(later >= earlier for earlier, later in pairwise(times)):
         raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
     key = (_fingerprint(scheduler), "renoise", tuple(times))
-    return cache.get(key, lambda: _renoise(scheduler, times))
+    return table_cache.get(key, lambda: _renoise(scheduler, times))
 
 
 def _renoise(scheduler: Any, times: list[float]) -> StepTable:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.errors import NotLinear, NumericalError
-from fastdiff.probe import cache as table_cache
+from fastdiff.probe import table_cache
 from tests import oracle
 
 SHAPE = (2, 3, 4, 5)  # [B, C, H, W]

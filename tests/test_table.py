@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastdiff
-from fastdiff.probe import cache as table_cache
+from fastdiff.probe import table_cache
 from fastdiff.table import FORMAT_VERSION, GUIDANCE, RowLayout, StepTable, TableCache, pack, prune
 
 SHAPE = (2, 3, 5)  # [C, H, W]

@@ -1,0 +1,363 @@
+"""The ways of owning a scheduler, each as a host would run it, over one model that they all share."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import stages
+from fastdiff.bench.measure import Block, Sample, Stopwatch
+from fastdiff.bench.suite import split
+from fastdiff.capture import Mode
+from fastdiff.denoiser import Denoiser
+from fastdiff.families import Family, family_of
+from fastdiff.noise import normal, seeded
+from fastdiff.request import Request
+from fastdiff.runtime import Runtime
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SAMPLER_OPTIONS = {"PNDM": {"skip_prk_steps": True}}  # as Stable Diffusion ships it; with them PNDM holds 6 latents
+
+
+class Workbench:
+    """The model, one scheduler template per sampler, and whatever was compiled or built once for all cases."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.family: Family = family_of(pipe)
+        self.device = self.family.device
+        self.compile_s: dict[str, float] = {}
+        self._templates: dict[str, Any] = {}
+        self._compiled: dict[int, Denoiser] = {}
+        self._runtimes: dict[tuple[Mode, int], Runtime] = {}
+
+    def template(self, sampler: str) -> Any:
+        """The scheduler that all requests for `sampler` share, clone or tabulate."""
+        if sampler not in self._templates:
+            options = SAMPLER_OPTIONS.get(sampler, {})
+            cls = stages.scheduler_class(sampler)
+            known = {*inspect.signature(cls).parameters, "_use_default_values"}  # the rest from_config warns about
+            config = {key: value for key, value in self.pipe.scheduler.config.items() if key in known}
+            self._templates[sampler] = cls.from_config(config, **options)
+        return self._templates[sampler]
+
+    def stopwatch(self) -> Stopwatch:
+        """A stopwatch that waits for the model's device."""
+        return Stopwatch(self.device)
+
+    def runtime(self, mode: Mode, batch: int) -> Runtime:
+        """A runtime with `batch` slots; compiled, it runs at that one size."""
+        key = (mode, batch)
+        if key not in self._runtimes:
+            sizes = (batch,) if mode == "compiled" else tuple(range(1, batch + 1))
+            self._runtimes[key] = Runtime(self.pipe, batch, mode, batch_sizes=sizes)
+        return self._runtimes[key]
+
+    def denoiser(self, mode: Mode, batch: int) -> Denoiser:
+        """The denoiser that the runtime calls, eager, or compiled alone for one batch size."""
+        if mode == "eager":
+            return self.family.denoiser
+        if batch not in self._compiled:
+            # The same forward at the same batch as fastdiff compiles, with the same settings (fastdiff/capture.py).
+            self._compiled[batch] = torch.compile(self.family.denoiser, fullgraph=True, dynamic=False)
+        return self._compiled[batch]
+
+    def first_call(self, what: str, arm: str, block: Block) -> None:
+        """Run a block for the first time, and record what it took where `arm` has `what` compiled by it."""
+        started = time.perf_counter()
+        block()
+        if split(arm)[1] == "compiled":
+            self.compile_s.setdefault(what, time.perf_counter() - started)
+
+
+def requests_of(
+    bench: Workbench,
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    count: int,
+    seed: int,
+) -> list[Request]:
+    """`count` requests: prompts, seeds, samplers, steps and guidance dealt out in turn."""
+    return [
+        Request(
+            prompt=f"a handwritten {DIGITS[i % len(DIGITS)]}",
+            steps=steps[i % len(steps)],
+            guidance_scale=guidance[i % len(guidance)],
+            seed=seed + i,
+            scheduler=bench.template(samplers[i % len(samplers)]),
+        )
+        for i in range(count)
+    ]
+
+
+# Owning a scheduler
+
+
+def shared(template: Any) -> Any:
+    """The template itself: SGLang's sequential path (`get_or_create_request_scheduler` with isolate=False)."""
+    return template
+
+
+def cloned_deepcopy(template: Any) -> Any:
+    """SGLang's `clone_scheduler_runtime` (diffusion_scheduler_utils.py) and vLLM-Omni's per-request scheduler."""
+    return copy.deepcopy(template)
+
+
+def cloned_shallow(template: Any) -> Any:
+    """The best possible clone: tables shared, lists copied because schedulers append to them in place."""
+    clone = copy.copy(template)
+    for key, value in vars(template).items():
+        if isinstance(value, list):
+            setattr(clone, key, list(value))
+    return clone
+
+
+OWNERS: dict[str, Callable[[Any], Any]] = {
+    "shared-sequential": shared,
+    "shared-locked": shared,
+    "shared-racing": shared,
+    "cloned-deepcopy": cloned_deepcopy,
+    "cloned-shallow": cloned_shallow,
+}
+
+
+# Running requests on schedulers of diffusers
+
+
+class Run:
+    """One request on one diffusers scheduler, prepared as diffusers' pipelines and SGLang's stages prepare it."""
+
+    def __init__(
+        self, family: Family, request: Request, scheduler: Any, generator: torch.Generator | None = None
+    ) -> None:
+        self.scheduler = scheduler
+        set_timesteps(scheduler, request.steps or 50, family.device)
+        self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
+        self.conditioning = {name: tensor[None] for name, tensor in family.encode(request).items()}
+        self.guidance = torch.tensor([request.guidance_scale if request.guided else 1.0], device=family.device)
+        generator = seeded(request.seed)
+        latents = normal(generator, family.latent_shape, family.dtype, family.device)[None]
+        self.sample: Tensor = latents * init_noise_sigma(scheduler)  # [1, C, H, W]
+        self.row = 0
+        self.step_options = step_options(scheduler, generator)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether rows are left."""
+        return self.row < len(self.timesteps)
+
+    def model_input(self) -> Tensor:
+        """What the model sees next [1, C, H, W]."""
+        return scale_model_input(self.scheduler, self.sample, self.timesteps[self.row])
+
+    def advance(self, model_output: Tensor) -> None:
+        """One `step()` on the guided model output [1, C, H, W]."""
+        timestep = self.timesteps[self.row]
+        self.sample = self.scheduler.step(model_output, timestep, self.sample, **self.step_options, return_dict=False)[
+            0
+        ]
+        self.row += 1
+
+
+def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """`set_timesteps`, and the begin index where there is one: SDXL's and Flux's pipelines and SGLang set it, and it
+    saves the search for the first timestep."""
+    scheduler.set_timesteps(steps, device=device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+
+
+def step_options(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+    """What diffusers' `prepare_extra_step_kwargs` passes."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generator} if takes_generator else {}
+
+
+def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """What the model sees; flow matching schedulers have no such method."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return sample
+    scaled: Tensor = scheduler.scale_model_input(sample, timestep)
+    return scaled
+
+
+def init_noise_sigma(scheduler: Any) -> float:
+    """What the first sample is scaled by; flow matching schedulers have no such attribute."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def alone(
+    family: Family, request: Request, owner: Callable[[], Any], watch: Stopwatch
+) -> Generator[None, None, Tensor]:
+    """One request at batch 1, pausing after each row so that a driver may interleave others; the image.
+
+    `owner` is asked when the request starts, not before: a clone is taken of the template as it is then.
+    """
+    run = Run(family, request, owner())
+    while run.unfinished:
+        with watch():
+            timestep = run.timesteps[run.row].float()[None]
+            run.advance(family.denoiser(run.model_input(), timestep, run.conditioning, run.guidance).to(family.dtype))
+        yield
+    return family.decode(run.sample[0])
+
+
+def finish(running: Generator[None, None, Tensor]) -> Tensor:
+    """Drive a request to its image."""
+    while True:
+        try:
+            next(running)
+        except StopIteration as finished:
+            return finished.value  # type: ignore[no-any-return]  # typeshed has Any here
+
+
+def round_robin(running: Sequence[Generator[None, None, Tensor]]) -> list[Tensor | Exception]:
+    """Drive requests a row each in turn: what unlocked concurrent callers do, made deterministic."""
+    outcomes: dict[int, Tensor | Exception] = {}
+    while len(outcomes) < len(running):
+        for index, one in enumerate(running):
+            if index in outcomes:
+                continue
+            try:
+                next(one)
+            except StopIteration as finished:
+                outcomes[index] = finished.value
+            except Exception as error:  # whatever a shared scheduler raises is the result
+                outcomes[index] = error
+    return [outcomes[index] for index in range(len(running))]
+
+
+def together(
+    family: Family,
+    denoiser: Denoiser,
+    requests: Sequence[Request],
+    owner: Callable[[Any], Any],
+    watch: Stopwatch,
+    *,
+    padded: bool,
+) -> list[Tensor]:
+    """One batched model call per row, then each request's own scheduler stepped in Python (vLLM-Omni's loop).
+
+    `padded` keeps finished requests in the batch, for a model compiled at one size.
+    """
+    runs = [Run(family, request, owner(request.scheduler)) for request in requests]
+    with watch():
+        batch: list[Run] = []
+        while active := [run for run in runs if run.unfinished]:
+            members = runs if padded else active
+            if members != batch:
+                batch = list(members)
+                conditioning = {
+                    name: torch.cat([run.conditioning[name] for run in batch]) for name in batch[0].conditioning
+                }
+                guidance = torch.cat([run.guidance for run in batch])
+            inputs = torch.cat([run.model_input() if run.unfinished else run.sample for run in batch])
+            timesteps = torch.stack([run.timesteps[min(run.row, len(run.timesteps) - 1)].float() for run in batch])
+            outputs = denoiser(inputs, timesteps, conditioning, guidance).to(family.dtype)
+            for run, output in zip(batch, outputs.split(1), strict=True):
+                if run.unfinished:
+                    run.advance(output)
+    return [family.decode(run.sample[0]) for run in runs]
+
+
+def locked(bench: Workbench, requests: Sequence[Request], watch: Stopwatch) -> list[Tensor]:
+    """One thread per caller, one scheduler, a lock around the whole request."""
+    lock = threading.Lock()
+    images: dict[int, Tensor] = {}
+
+    def caller(index: int, request: Request) -> None:
+        with lock, torch.no_grad():
+            images[index] = finish(alone(bench.family, request, partial(shared, request.scheduler), watch))
+
+    threads = [threading.Thread(target=caller, args=one) for one in enumerate(requests)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [images[index] for index in range(len(requests))]
+
+
+def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
+    """diffusers' own `__call__`, one request after another."""
+    pipe, own, images = bench.pipe, bench.pipe.scheduler, []
+    try:
+        for request in requests:
+            pipe.scheduler = request.scheduler
+            output = pipe(
+                request.prompt,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                generator=seeded(request.seed),
+                output_type="pt",
+            )
+            images.append(output.images[0].float().cpu())
+    finally:
+        pipe.scheduler = own
+    return images
+
+
+# Running requests on fastdiff
+
+
+def tensorized(runtime: Runtime, requests: Iterable[Request], watch: Stopwatch) -> list[Tensor]:
+    """A host's own loop over a session: all requests in the batch, a row each per step."""
+    states = [runtime.prepare(request) for request in requests]
+    with runtime.session() as session, watch():
+        slots = [session.add(state) for state in states]
+        while len(session.step()) < len(slots):
+            pass
+        taken = [session.take(slot) for slot in slots]
+    return [image for state in taken if (image := stages.decode(runtime.family, state).image) is not None]
+
+
+def images_of(
+    bench: Workbench, arm: str, requests: Sequence[Request], sequential: bool, watch: Stopwatch
+) -> list[Tensor]:
+    """One pass of `arm` ("<arm>/<mode>") over the requests, text to pixels."""
+    name, mode = split(arm)
+    if name == "pipeline":
+        return pipeline(bench, requests)
+    if name == "shared-locked":
+        return locked(bench, requests, watch)
+    if name == "tensorized":
+        if sequential:
+            runtime = bench.runtime(mode, 1)
+            return [image for request in requests for image in tensorized(runtime, [request], watch)]
+        return tensorized(bench.runtime(mode, len(requests)), requests, watch)
+    owner = OWNERS[name]
+    if sequential or owner is shared:
+        return [finish(alone(bench.family, request, partial(owner, request.scheduler), watch)) for request in requests]
+    denoiser = bench.denoiser(mode, len(requests))
+    return together(bench.family, denoiser, requests, owner, watch, padded=mode == "compiled")
+
+
+def interleaved(bench: Workbench, arm: str, requests: Sequence[Request]) -> list[Tensor | Exception]:
+    """Concurrent requests a row each in turn, each request's image or what it raised."""
+    watch = bench.stopwatch()
+    if arm == "tensorized":
+        return list(tensorized(bench.runtime("eager", len(requests)), requests, watch))
+    if arm == "shared-locked":
+        return list(locked(bench, requests, watch))
+    owner = OWNERS[arm]
+    return round_robin([alone(bench.family, request, partial(owner, request.scheduler), watch) for request in requests])
+
+
+def image_block(bench: Workbench, arm: str, requests: Sequence[Request], sequential: bool) -> Block:
+    """`images_of` as a timed block."""
+
+    def block() -> Sample:
+        total, loop = bench.stopwatch(), bench.stopwatch()
+        with torch.no_grad(), total():
+            images_of(bench, arm, requests, sequential, loop)
+        return Sample(total.seconds, loop.seconds or None)
+
+    return block

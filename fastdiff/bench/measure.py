@@ -1,0 +1,87 @@
+"""Runs the arms of a cell turn by turn in random order, and keeps every raw sample."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastdiff.bench.stats import Ratio, pairs_needed, ratio
+
+
+class Stopwatch:
+    """Adds up the time inside its `with` blocks; work on a CUDA device is waited for at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.seconds = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._synchronize()
+        started = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One block of one arm."""
+
+    total_s: float
+    loop_s: float | None = None  # the part of it spent in denoise loops, where the arm can tell
+
+
+Block = Callable[[], Sample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRule:
+    """Sampling ends when every interval is narrow enough, or at a cap; what the intervals say plays no part."""
+
+    level: float
+    half_width: float  # relative
+    max_pairs: int
+    max_s: float
+
+
+def interleave(
+    blocks: Mapping[str, Block],
+    comparisons: Sequence[tuple[str, str]],
+    rule: StopRule,
+    seed: int,
+) -> dict[str, list[Sample]]:
+    """Rounds of one block per arm, in an order drawn anew each round; the garbage collector rests meanwhile."""
+    order = np.random.default_rng(seed)
+    samples: dict[str, list[Sample]] = {name: [] for name in blocks}
+    names = sorted(blocks)
+    for name in names:
+        blocks[name]()  # warm-up
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for pairs in range(1, rule.max_pairs + 1):
+            for index in order.permutation(len(names)):
+                samples[names[index]].append(blocks[names[index]]())
+            if pairs < pairs_needed(rule.level):
+                continue
+            widths = [compare(samples[base], samples[arm], rule.level).half_width for base, arm in comparisons]
+            if time.perf_counter() - started > rule.max_s or (widths and max(widths) <= rule.half_width):
+                break
+    finally:
+        if was_enabled:
+            gc.enable()
+    return samples
+
+
+def compare(base: Sequence[Sample], arm: Sequence[Sample], level: float) -> Ratio:
+    """The paired ratio of whole blocks."""
+    return ratio([sample.total_s for sample in base], [sample.total_s for sample in arm], level)

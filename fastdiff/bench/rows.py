@@ -1,0 +1,398 @@
+"""The sampler alone, on a null model: diffusers' step() beside the table's row. Times, counts, errors and bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff.bench.arms import (
+    Workbench,
+    cloned_deepcopy,
+    cloned_shallow,
+    init_noise_sigma,
+    scale_model_input,
+    set_timesteps,
+    step_options,
+)
+from fastdiff.bench.measure import Block, Sample
+from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
+from fastdiff.bench.vram import EmulatedDevice, reachable_tensors, storage_bytes
+from fastdiff.capture import Mode, Steps
+from fastdiff.noise import normal, row_noise, seeded
+from fastdiff.plan import CapturePlan
+from fastdiff.probe import table_cache
+from fastdiff.slots import Slots
+from fastdiff.state import RequestState
+from fastdiff.step import denoise_step
+from fastdiff.table import StepTable
+
+NOISE_SEED = 1000  # step noise comes from generators of its own, so that both sides draw alike whatever came before
+
+
+def null_model(sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor) -> Tensor:
+    """A denoiser that costs nothing: the output is the input."""
+    return sample
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Slots and the step over them, built once per mode, latent shape and batch."""
+
+    slots: Slots
+    steps: Steps
+
+
+class RowBench:
+    """What row cases share: the workbench's schedulers, and the steps compiled so far."""
+
+    def __init__(self, bench: Workbench, seed: int) -> None:
+        self.bench, self.seed = bench, seed
+        self._rows: dict[tuple[Mode, tuple[int, ...], int], TableRows] = {}
+
+    def table_rows(self, mode: Mode, latent_shape: tuple[int, ...], batch: int) -> TableRows:
+        """The static memory and the step for one kind of case."""
+        key = (mode, latent_shape, batch)
+        if key not in self._rows:
+            plan = CapturePlan(latent_shape=latent_shape, dtype=torch.float32, batch_sizes=(batch,))
+            slots = Slots(plan, self.bench.device)
+            self._rows[key] = TableRows(slots, Steps(null_model, slots, mode))
+        return self._rows[key]
+
+    def samplers(self, case: RowCase) -> list[str]:
+        """One sampler per request, dealt out in turn."""
+        return [case.samplers[i % len(case.samplers)] for i in range(case.batch)]
+
+    def first_sample(self, index: int, latent_shape: tuple[int, ...]) -> Tensor:
+        """Standard normal [1, C, H, W] of request `index`."""
+        generator = seeded(self.seed + index)
+        return normal(generator, latent_shape, torch.float32, self.bench.device)[None]
+
+    def diffusers_rows(self, case: RowCase) -> tuple[Block, list[Tensor]]:
+        """`batch` schedulers of diffusers stepped in Python; the list holds a block's last samples [1, C, H, W]."""
+        schedulers = [copy.deepcopy(self.bench.template(name)) for name in self.samplers(case)]
+        lasts: list[Tensor] = []
+        model_call = self._model_call(case)
+
+        def block() -> Sample:
+            timesteps, samples, options = [], [], []
+            for index, scheduler in enumerate(schedulers):
+                set_timesteps(scheduler, case.steps, self.bench.device)
+                timesteps.append(list(scheduler.timesteps[: case.steps]))
+                samples.append(self.first_sample(index, case.latent_shape) * init_noise_sigma(scheduler))
+                options.append(step_options(scheduler, seeded(NOISE_SEED + index)))
+
+            def row(number: int) -> None:
+                for index, scheduler in enumerate(schedulers):
+                    timestep = timesteps[index][number]
+                    model_output = scale_model_input(scheduler, samples[index], timestep)
+                    samples[index] = scheduler.step(
+                        model_output, timestep, samples[index], **options[index], return_dict=False
+                    )[0]
+
+            sample = self._timed(case, row, model_call)
+            lasts[:] = samples
+            return sample
+
+        return block, lasts
+
+    def table_block(self, case: RowCase, mode: Mode) -> tuple[Block, list[Tensor]]:
+        """The same rows as one step over slots; the noise of stochastic samplers is drawn ahead, in the timed part."""
+        rows = self.table_rows(mode, case.latent_shape, case.batch)
+        tables = [fastdiff.tabulate(self.bench.template(name), case.steps) for name in self.samplers(case)]
+        lasts: list[Tensor] = []
+        model_call = self._model_call(case)
+
+        def draw(slot: int, table: StepTable) -> None:
+            generator = seeded(NOISE_SEED + slot)
+            for row in range(case.steps):
+                noise = row_noise(generator, table.draws[row], case.latent_shape, torch.float32, self.bench.device)
+                rows.slots.put_noise(slot, row, noise)
+
+        def block() -> Sample:
+            for slot, table in enumerate(tables):
+                sample = self.first_sample(slot, case.latent_shape)[0] * table.init_noise_sigma
+                rows.slots.load(slot, RequestState(request=None, table=table, latents=table.init(sample)))
+            ahead = self.bench.stopwatch()
+            with ahead():
+                for slot, table in enumerate(tables):
+                    if table.max_draws:
+                        draw(slot, table)
+            stepped = self._timed(case, lambda number: rows.steps(case.batch), model_call)
+            lasts[:] = [rows.slots.read(slot, 1) for slot in range(case.batch)]
+            return Sample(stepped.total_s + ahead.seconds)
+
+        return block, lasts
+
+    def _model_call(self, case: RowCase) -> Callable[[], object] | None:
+        if not case.between:
+            return None
+        family, batch = self.bench.family, case.batch
+        sample = torch.zeros(batch, *family.latent_shape, dtype=family.dtype, device=family.device)
+        numbers = torch.ones(batch, device=family.device)
+        conditioning = {
+            name: torch.zeros(batch, *shape, dtype=family.dtype, device=family.device)
+            for name, shape in family.conditioning.items()
+        }
+        return lambda: family.denoiser(sample, numbers, conditioning, numbers)
+
+    def _timed(self, case: RowCase, row: Callable[[int], None], model_call: Callable[[], object] | None) -> Sample:
+        """All rows under one stopwatch, or each alone after a real model call that is not timed."""
+        watch = self.bench.stopwatch()
+        with torch.no_grad():
+            if model_call is None:
+                with watch():
+                    for number in range(case.steps):
+                        row(number)
+            else:
+                for number in range(case.steps):
+                    model_call()
+                    with watch():
+                        row(number)
+        return Sample(watch.seconds)
+
+
+def setup_blocks(bench: Workbench, sampler: str, case: SetupCase) -> dict[str, Block]:
+    """What a request does before its first row, by name; each block is a few calls, its time that of one."""
+    template = bench.template(sampler)
+    shape = bench.family.latent_shape
+    prepared = cloned_shallow(template)
+    slots = Slots(CapturePlan(latent_shape=shape, dtype=bench.family.dtype, batch_sizes=(1,)), bench.device)
+    table = fastdiff.tabulate(template, case.steps)
+    latents = table.init(torch.zeros(shape, device=bench.device))
+
+    def cold() -> None:
+        table_cache.clear()
+        fastdiff.tabulate(template, case.steps)
+
+    def cached() -> StepTable:
+        return fastdiff.tabulate(template, case.steps)
+
+    def load() -> None:
+        slots.load(0, RequestState(request=None, table=table, latents=latents))
+
+    def cached_and_load() -> None:
+        slots.load(0, RequestState(request=None, table=cached(), latents=latents))
+
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "deepcopy": (lambda: cloned_deepcopy(template), 5),
+        "shallow copy": (lambda: cloned_shallow(template), 20),
+        "set_timesteps": (lambda: set_timesteps(prepared, case.steps, bench.device), 5),
+        "tabulate, cold": (cold, 1),
+        "tabulate, cached": (cached, 20),
+        "Slots.load": (load, 20),
+        "cached table + load": (cached_and_load, 20),
+    }
+
+    def block_of(call: Callable[[], object], repeats: int) -> Block:
+        def block() -> Sample:
+            watch = bench.stopwatch()
+            with watch():
+                for _ in range(repeats):
+                    call()
+            return Sample(watch.seconds / repeats)
+
+        return block
+
+    return {name: block_of(call, repeats) for name, (call, repeats) in calls.items()}
+
+
+def counts(rows: RowBench, case: CountCase) -> Iterator[dict[str, Any]]:
+    """Operations and host syncs of each row, per mix and batch; noise draws are not counted on either side."""
+    for mix in case.mixes:
+        for batch in case.batches:
+            one = RowCase(name="count", samplers=mix, latent_shape=case.latent_shape, batch=batch, steps=case.steps)
+            yield {
+                "samplers": list(mix),
+                "batch": batch,
+                "diffusers": _count_diffusers(rows, one),
+                "fastdiff": _count_tables(rows, one),
+            }
+
+
+def _count_diffusers(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
+    device = EmulatedDevice()
+    counted: dict[str, list[int]] = {"operations": [], "syncs": []}
+    members = []
+    for index, name in enumerate(rows.samplers(case)):
+        scheduler = copy.deepcopy(rows.bench.template(name))
+        set_timesteps(scheduler, case.steps, torch.device("cpu"))
+        sample = rows.first_sample(index, case.latent_shape).cpu() * init_noise_sigma(scheduler)
+        options = step_options(scheduler, seeded(NOISE_SEED + index))
+        device.put(sample, scheduler.timesteps)
+        members.append([scheduler, sample, options])
+    with torch.no_grad(), device:
+        for number in range(case.steps):
+            timesteps = [scheduler.timesteps[number] for scheduler, _, _ in members]
+            device.operations = device.syncs = 0
+            for member, timestep in zip(members, timesteps, strict=True):
+                scheduler, sample, options = member
+                model_output = scale_model_input(scheduler, sample, timestep)
+                member[1] = scheduler.step(model_output, timestep, sample, **options, return_dict=False)[0]
+            counted["operations"].append(device.operations)
+            counted["syncs"].append(device.syncs)
+    return counted
+
+
+def _count_tables(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
+    plan = CapturePlan(latent_shape=case.latent_shape, dtype=torch.float32, batch_sizes=(case.batch,))
+    slots = Slots(plan, "cpu")
+    for slot, name in enumerate(rows.samplers(case)):
+        table = fastdiff.tabulate(rows.bench.template(name), case.steps)
+        latents = table.init(rows.first_sample(slot, case.latent_shape)[0].cpu())
+        slots.load(slot, RequestState(request=None, table=table, latents=latents))
+    batch = slots.batch(case.batch)
+    device = EmulatedDevice()
+    device.put(*(value for value in batch if isinstance(value, Tensor)))
+    counted: dict[str, list[int]] = {"operations": [], "syncs": []}
+    with torch.no_grad(), device:
+        for _ in range(case.steps):
+            device.operations = device.syncs = 0
+            denoise_step(null_model, batch)
+            counted["operations"].append(device.operations)
+            counted["syncs"].append(device.syncs)
+    return counted
+
+
+def errors(rows: RowBench, case: ErrorCase) -> Iterator[dict[str, Any]]:
+    """Per sampler, the worst error over seeds of the last sample, relative to its largest element.
+
+    The reference is the table in float64, which tabulate proved against the scheduler in float64 to 1e-9.
+    """
+    for sampler in case.samplers:
+        table = fastdiff.tabulate(rows.bench.template(sampler), case.steps)
+        worst = {"diffusers": 0.0, "fastdiff": 0.0}
+        for seed in range(rows.seed, rows.seed + case.seeds):
+            generator = seeded(seed)
+            first = normal(generator, case.latent_shape, torch.float32, torch.device("cpu")) * table.init_noise_sigma
+            outputs = torch.randn(len(table), *case.latent_shape, generator=generator)
+            reference = _float64(table, first, outputs)
+            for side, run in (("diffusers", _diffusers_float32), ("fastdiff", _fastdiff_float32)):
+                last = run(rows, sampler, case, table, first, outputs)
+                error = (last.double() - reference).abs().max() / reference.abs().max()
+                worst[side] = max(worst[side], error.item())
+        yield {"sampler": sampler, "steps": case.steps, **worst}
+
+
+def _float64(table: StepTable, first: Tensor, outputs: Tensor) -> Tensor:
+    generator = seeded(NOISE_SEED)
+    state = table.init(first.double())
+    for row in range(len(table)):
+        noise = row_noise(generator, table.draws[row], first.shape, torch.float32, first.device)
+        state = table.advance(row, state, outputs[row].double(), [eps.double() for eps in noise])
+    return state[0]
+
+
+def _diffusers_float32(
+    rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, first: Tensor, outputs: Tensor
+) -> Tensor:
+    scheduler = copy.deepcopy(rows.bench.template(sampler))
+    set_timesteps(scheduler, case.steps, torch.device("cpu"))
+    options = step_options(scheduler, seeded(NOISE_SEED))
+    sample = first[None]
+    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        scale_model_input(scheduler, sample, timestep)  # the outputs are given, but samplers insist on the call
+        sample = scheduler.step(output[None], timestep, sample, **options, return_dict=False)[0]
+    return sample[0]
+
+
+def _fastdiff_float32(
+    rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, first: Tensor, outputs: Tensor
+) -> Tensor:
+    slots = Slots(_plan_of(table, case.latent_shape), "cpu")
+    slots.load(0, RequestState(request=None, table=table, latents=table.init(first)))
+    generator = seeded(NOISE_SEED)
+    for row in range(len(table)):
+        slots.put_noise(0, row, row_noise(generator, table.draws[row], first.shape, torch.float32, first.device))
+        output = outputs[row]
+        denoise_step(lambda sample, timestep, conditioning, guidance, output=output: output, slots.batch(1))
+    return slots.read(0, 1)[0]
+
+
+def _plan_of(table: StepTable, latent_shape: tuple[int, ...]) -> CapturePlan:
+    """One slot, sized to one table."""
+    return CapturePlan(
+        latent_shape=latent_shape, dtype=torch.float32, batch_sizes=(1,), memory=table.memory, rows=len(table),
+        draws=table.max_draws,
+    )  # fmt: skip
+
+
+def memory(rows: RowBench, case: MemoryCase) -> Iterator[dict[str, Any]]:
+    """Device bytes reachable from the scheduler or the slot, before, during (the most of any row) and after a request.
+
+    float32 latents. The sample itself stands in a slot and is held by the caller beside a scheduler, so it is listed
+    apart as `latent_bytes`. `row_peak_bytes`: all device tensors alive at once within a row, temporaries included.
+    """
+    latent_bytes = 4 * torch.Size(case.latent_shape).numel()
+    for sampler in case.samplers:
+        template = rows.bench.template(sampler)
+        for ownership, owner in (
+            ("shared", lambda template: template),
+            ("cloned-deepcopy", cloned_deepcopy),
+            ("cloned-shallow", cloned_shallow),
+        ):
+            fresh = type(template).from_config(template.config)
+            measured = _scheduler_bytes(fresh, owner, case)
+            yield {"sampler": sampler, "ownership": ownership, "latent_bytes": latent_bytes, **measured}
+        table = fastdiff.tabulate(template, case.steps)
+        yield {
+            "sampler": sampler, "ownership": "tensorized", "latent_bytes": latent_bytes, **_slot_bytes(table, case)
+        }  # fmt: skip
+
+
+def _scheduler_bytes(template: Any, owner: Callable[[Any], Any], case: MemoryCase) -> dict[str, int]:
+    device = EmulatedDevice()
+
+    def reachable(*holders: Any) -> int:
+        return storage_bytes(tensor for tensor in reachable_tensors(list(holders)) if device.holds(tensor))
+
+    with torch.no_grad(), device:
+        scheduler = owner(template)
+        before = reachable(scheduler, template)
+        set_timesteps(scheduler, case.steps, torch.device("cpu"))
+        device.put(scheduler.timesteps)  # where set_timesteps(device=) puts them; sigmas stay on the host
+        sample = torch.zeros(1, *case.latent_shape)
+        device.put(sample)
+        options = step_options(scheduler, seeded(NOISE_SEED))
+        during = 0
+        for timestep in scheduler.timesteps:
+            scaled = scale_model_input(scheduler, sample, timestep)
+            model_output = torch.zeros_like(scaled)  # a tensor of its own, as a model returns
+            del scaled
+            sample = scheduler.step(model_output, timestep, sample, **options, return_dict=False)[0]
+            del model_output
+            # The sample is the caller's; a scheduler that holds on to the same tensor adds nothing.
+            own = storage_bytes([sample])
+            during = max(during, reachable(scheduler, template, sample) - own)
+        del scheduler, sample, timestep
+        after = reachable(template)
+    return {
+        "before_bytes": before, "during_bytes": during, "after_bytes": after, "row_peak_bytes": device.peak_bytes
+    }  # fmt: skip
+
+
+def _slot_bytes(table: StepTable, case: MemoryCase) -> dict[str, int]:
+    slots = Slots(_plan_of(table, case.latent_shape), "cpu")
+    slots.load(0, RequestState(request=None, table=table, latents=table.init(torch.zeros(case.latent_shape))))
+    device = EmulatedDevice()
+    batch = slots.batch(1)
+    device.put(*slots.tensors(), *(value for value in batch if isinstance(value, Tensor)))
+    before = storage_bytes(slots.tensors())
+    with torch.no_grad(), device:
+        for _ in range(len(table)):
+            denoise_step(null_model, batch)
+    slots.park(0)
+    after = storage_bytes(slots.tensors())
+    return {
+        "before_bytes": before, "during_bytes": before, "after_bytes": after, "row_peak_bytes": device.peak_bytes
+    }  # fmt: skip
+
+
+def last_samples(results: Sequence[Tensor]) -> Tensor:
+    """[n, C, H, W] on the CPU, for parity."""
+    return torch.cat([result.cpu().float() for result in results])

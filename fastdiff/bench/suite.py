@@ -1,0 +1,247 @@
+"""What to measure: a TOML file -> cases. Anything in the file that has no meaning here is refused."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from fastdiff.capture import Mode
+
+Workload = Literal["sequential", "concurrent-equal", "concurrent-mixed"]
+ARMS = {
+    "pipeline": "one diffusers pipeline call per request",
+    "shared-sequential": "one scheduler for all, one request at a time (SGLang's default)",
+    "shared-locked": "one scheduler for all, concurrent callers queue for it",
+    "shared-racing": "one scheduler for all, no lock: for correctness only, never timed",
+    "cloned-deepcopy": "copy.deepcopy per request (SGLang's isolated requests, vLLM-Omni)",
+    "cloned-shallow": "copy.copy with its lists copied: the best possible clone",
+    "tensorized": "fastdiff: a step table per request, one step for all",
+}
+MODES: tuple[Mode, ...] = ("eager", "compiled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCase:
+    """Whole requests on the model, text to pixels. `samplers`, `steps` and `guidance` are dealt out in turn."""
+
+    name: str
+    workload: Workload
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
+    guidance: tuple[float, ...] = (3.0,)
+    batch: int = 8
+    arms: tuple[str, ...]  # "<arm>/<mode of the model>"
+    compare: tuple[tuple[str, str], ...]  # (base, arm)
+    max_s: float  # of sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCase:
+    """The sampler alone: rows of `batch` requests with a null model, diffusers step() against the table."""
+
+    name: str
+    samplers: tuple[str, ...]
+    latent_shape: tuple[int, ...]  # (C, H, W)
+    batch: int = 8
+    steps: int = 20
+    between: bool = False  # each timed row follows a real model call
+    modes: tuple[Mode, ...] = MODES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupCase:
+    """What one request costs before its first row, text and noise apart."""
+
+    samplers: tuple[str, ...]
+    steps: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountCase:
+    """Operations and host syncs per row, with a null model."""
+
+    mixes: tuple[tuple[str, ...], ...]
+    batches: tuple[int, ...] = (1, 8)
+    steps: int = 20
+    latent_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FateCase:
+    """Two requests per sampler, interleaved row by row on the model; `unequal` is the second one's step count."""
+
+    samplers: tuple[str, ...]
+    arms: tuple[str, ...]
+    steps: int = 6
+    unequal: int = 8
+    guidance: tuple[float, ...] = (3.0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorCase:
+    """float32 runs of diffusers and fastdiff against float64, on the same model outputs and noise."""
+
+    samplers: tuple[str, ...]
+    latent_shape: tuple[int, ...]
+    steps: int = 20
+    seeds: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """Device bytes of one request at a real model's latent shape, with a null model."""
+
+    name: str
+    latent_shape: tuple[int, ...]
+    samplers: tuple[str, ...]
+    steps: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One line of the attribution table: what changes from `base` to `arm`, two arms of one image or row case."""
+
+    label: str
+    case: str
+    base: str
+    arm: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A figure to reach: the best of `arms` against `base`. With neither bound it is reported and no more."""
+
+    label: str
+    case: str
+    base: str
+    arms: tuple[str, ...]
+    at_least: float | None = None  # on the estimate of the speed-up
+    slower_at_most: float | None = None  # on the interval's far end: 0.03 is 3 % slower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A run: how long to sample, and the cases."""
+
+    threads: int  # torch's intra-op threads
+    level: float = 0.99
+    half_width: float = 0.01
+    max_pairs: int = 40
+    row_max_s: float  # of sampling a row or set-up case
+    image: tuple[ImageCase, ...] = ()
+    row: tuple[RowCase, ...] = ()
+    setup: tuple[SetupCase, ...] = ()
+    count: tuple[CountCase, ...] = ()
+    fate: tuple[FateCase, ...] = ()
+    error: tuple[ErrorCase, ...] = ()
+    memory: tuple[MemoryCase, ...] = ()
+    attribution: tuple[Step, ...] = ()
+    no_gain: tuple[Step, ...] = ()  # where fastdiff is expected not to help
+    target: tuple[Target, ...] = ()
+
+    def __post_init__(self) -> None:
+        for case in self.image:
+            _check_arms(case)
+        if len({*(case.name for case in self.image), *(case.name for case in self.row)}) != len(self.image) + len(
+            self.row
+        ):
+            raise ValueError("two image or row cases have one name")
+        compared = {(case.name, pair) for case in self.image for pair in case.compare}
+        compared |= {(case.name, ("diffusers", f"tensorized/{mode}")) for case in self.row for mode in case.modes}
+        wanted = [(step.label, step.case, step.base, step.arm) for step in (*self.attribution, *self.no_gain)]
+        wanted += [(target.label, target.case, target.base, arm) for target in self.target for arm in target.arms]
+        for label, name, base, arm in wanted:
+            if (name, (base, arm)) not in compared:
+                raise ValueError(f"{label}: no case {name!r} compares {base!r} with {arm!r}")
+
+    def override(self, *, batch: int | None, scheduler: str | None, steps: int | None) -> Suite:
+        """The suite with every concurrent case's batch, every sampler and step count replaced by those that are given.
+
+        Cases that become the same are run once; what refers to a case that is gone, and targets, which were set for the
+        cases as they are listed, go too.
+        """
+        if batch is None and scheduler is None and steps is None:
+            return self
+        changes: dict[str, Any] = {}
+        for name in _CASES:
+            kept: dict[Any, Any] = {}
+            for case in getattr(self, name):
+                wanted = {
+                    "batch": batch if getattr(case, "batch", 1) > 1 else None,
+                    "batches": tuple({1: None, batch: None}) if batch else None,
+                    "samplers": (scheduler,) if scheduler else None,
+                    "mixes": ((scheduler,),) if scheduler else None,
+                    "steps": (steps,) if steps and name == "image" else steps,
+                }
+                changed = replace(case, **{k: v for k, v in wanted.items() if v is not None and hasattr(case, k)})
+                nameless = replace(changed, name="") if isinstance(changed, (ImageCase, RowCase)) else changed
+                kept.setdefault(nameless, changed)
+            changes[name] = tuple(kept.values())
+        names = {case.name for case in (*changes["image"], *changes["row"])}
+        changes["attribution"] = tuple(step for step in self.attribution if step.case in names)
+        return replace(self, **changes, no_gain=() if scheduler else self.no_gain, target=())
+
+
+_CASES: Mapping[str, type[Any]] = {
+    "image": ImageCase, "row": RowCase, "setup": SetupCase, "count": CountCase, "fate": FateCase, "error": ErrorCase,
+    "memory": MemoryCase,
+}  # fmt: skip
+_LISTS: Mapping[str, type[Any]] = {**_CASES, "attribution": Step, "no_gain": Step, "target": Target}
+
+T = TypeVar("T")
+
+
+def load(name: str) -> Suite:
+    """The suite `name`, from the wheel's copy of the repository's `bench/` or from the repository itself."""
+    for folder in (Path(__file__).parent / "suites", Path(__file__).parents[2] / "bench"):
+        path = folder / f"{name}.toml"
+        if path.exists():
+            return parse(tomllib.loads(path.read_text(encoding="utf-8")))
+    raise FileNotFoundError(f"expected a suite {name}.toml in fastdiff/bench/suites or bench/")
+
+
+def parse(document: Mapping[str, Any]) -> Suite:
+    """A suite from a parsed TOML file."""
+    lists = {
+        name: tuple(_read(kind, f"[[{name}]]", table) for table in document.get(name, ()))
+        for name, kind in _LISTS.items()
+    }
+    return _read(Suite, "the file", {**document, **lists})
+
+
+def _read(kind: type[T], where: str, table: Mapping[str, Any]) -> T:
+    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]  # dataclasses only
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; expected some of {', '.join(known)}")
+    for key, one in known.items():
+        if key not in table and one.default is MISSING and one.default_factory is MISSING:
+            raise ValueError(f"{where}: missing key {key!r}")
+    return kind(**{key: _tuples(value) for key, value in table.items()})
+
+
+def split(arm: str) -> tuple[str, Mode]:
+    """The ownership and the mode of the model that "<ownership>/<mode>" names."""
+    name, _, mode = arm.partition("/")
+    return name, "compiled" if mode == "compiled" else "eager"
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _check_arms(case: ImageCase) -> None:
+    if case.workload not in get_args(Workload):
+        raise ValueError(f"{case.name}: expected a workload of {', '.join(get_args(Workload))}, got {case.workload!r}")
+    for arm in case.arms:
+        name, _, mode = arm.partition("/")
+        if name not in ARMS or mode not in MODES:
+            raise ValueError(f"{case.name}: expected arms '<{'|'.join(ARMS)}>/<{'|'.join(MODES)}>', got {arm!r}")
+        if name == "shared-racing":
+            raise ValueError(f"{case.name}: shared-racing is never timed; list it under [[fate]]")
+    unknown: Sequence[str] = [arm for pair in case.compare for arm in pair if arm not in case.arms]
+    if unknown:
+        raise ValueError(f"{case.name}: compares {', '.join(unknown)}, which it does not run")

@@ -1,0 +1,69 @@
+"""What cannot be run is refused in one line, with exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdiff.bench.__main__ import main
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on standard error that says why."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if "error:" in line]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--batch", "0"), "expected an integer >= 1, got '0'"),
+        (("--steps", "-3"), "expected an integer >= 1"),
+        (("--seed", "x"), "invalid int value: 'x'"),
+        (("--model", "nowhere"), "expected a folder with a model_index.json, got 'nowhere'"),
+        (("--device", "tpu"), "expected cpu, cuda or cuda:N"),
+        (("--device", "cuda:99"), "torch finds no such CUDA device as 'cuda:99'"),
+        (("--save", "../out"), "expected a plain folder name"),
+        (("--scheduler", "Foo"), "expected one of "),
+        (("compare",), "invalid choice: 'compare'"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(capsys, *arguments)
+
+
+def test_a_folder_that_holds_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    line = refused(capsys, "--model", str(tmp_path))
+    assert f"--model: {tmp_path} is not a saved StableDiffusionPipeline" in line
+
+
+def test_without_the_extra_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert "rich is missing: pip install 'fastdiff-runtime[bench]'" in refused(capsys, "--quick")
+
+
+def test_the_command_itself_exits_with_two_and_one_line(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastdiff.bench", "--batch", "0"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("--batch: expected an integer >= 1, got '0'")
+    assert not (tmp_path / "reports").exists()

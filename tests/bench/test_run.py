@@ -1,0 +1,203 @@
+"""A small suite end to end on a tiny pipeline: what is measured, what is refused as wrong, what the page says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdiff.bench import arms, run
+from fastdiff.bench.__main__ import main
+from fastdiff.bench.report import attribution_table, markdown, markdown_table, tables
+from fastdiff.bench.suite import FateCase, Suite, parse
+from fastdiff.bench.summary import summarize
+
+
+def fates_of(pipe: Any, samplers: tuple[str, ...], arm_names: tuple[str, ...]) -> dict[tuple[str, str, str], list[str]]:
+    case = FateCase(samplers=samplers, arms=arm_names, steps=4, unequal=6)
+    raw = run.run(pipe, Suite(threads=1, row_max_s=0, fate=(case,)), 0, lambda what: None)
+    return {
+        (one["sampler"], one["workload"], one["arm"]): [
+            f"{fate['fate']} {fate['error'] or ''}".strip() for fate in one["fates"]
+        ]
+        for one in raw["fates"]
+    }
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_racing_requests_raise_for_euler_and_are_silently_wrong_for_pndm(tiny_pipe: Any) -> None:
+    fates = fates_of(tiny_pipe, ("Euler", "PNDM", "DDIM"), ("shared-racing",))
+    assert fates["Euler", "concurrent-equal", "shared-racing"] == ["raised IndexError"] * 2
+    assert fates["PNDM", "concurrent-equal", "shared-racing"] == ["silently wrong"] * 2
+    assert fates["DDIM", "concurrent-equal", "shared-racing"] == ["right"] * 2
+    assert "silently wrong" in fates["DDIM", "concurrent-mixed", "shared-racing"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_other_arm_gets_interleaved_requests_right(tiny_pipe: Any) -> None:
+    safe = ("shared-locked", "cloned-deepcopy", "cloned-shallow", "tensorized")
+    fates = fates_of(tiny_pipe, ("PNDM", "EulerAncestral"), safe)
+    assert set(map(tuple, fates.values())) == {("right", "right")}
+
+
+IMAGE_SUITE = {
+    "threads": 1,
+    "half_width": 1.0,
+    "max_pairs": 8,
+    "row_max_s": 0,
+    "image": [
+        {
+            "name": "mixed",
+            "workload": "concurrent-mixed",
+            "samplers": ["PNDM", "EulerAncestral"],
+            "steps": [3, 2],
+            "batch": 2,
+            "max_s": 0,
+            "arms": [
+                "pipeline/eager", "shared-locked/eager", "cloned-deepcopy/eager", "cloned-shallow/eager",
+                "tensorized/eager",
+            ],
+            "compare": [["pipeline/eager", "cloned-shallow/eager"], ["cloned-shallow/eager", "tensorized/eager"]],
+        }
+    ],
+    "attribution": [
+        {"label": "+ batching", "case": "mixed", "base": "pipeline/eager", "arm": "cloned-shallow/eager"},
+        {"label": "+ tensorized", "case": "mixed", "base": "cloned-shallow/eager", "arm": "tensorized/eager"},
+    ],
+    "target": [
+        {
+            "label": "fast", "case": "mixed", "base": "cloned-shallow/eager", "arms": ["tensorized/eager"],
+            "at_least": 1e-6,
+        }
+    ],
+}  # fmt: skip
+
+
+def around(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with what the command adds, so that a page can be made of it."""
+    report = {
+        "suite": "test",
+        "created": "today",
+        "model": {"name": "tiny", "parameters": 1, "toy": True, "latent_shape": [4, 8, 8], "dtype": "float32"},
+        "settings": {"device": "cpu", "seed": 0, "threads": 1, "level": 0.99, "half_width": 1.0},
+        "machine": {
+            "id": "0", "cpu": "a CPU", "cpus_usable": 1, "threads": 1, "gpu": None, "python": "3",
+            "packages": {"torch": "2", "diffusers": "0"},
+        },
+        **raw,
+    }  # fmt: skip
+    return {**report, "summary": summarize(report)}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_ownership_gives_the_image_of_the_request_alone(tiny_pipe: Any) -> None:
+    raw = run.run(tiny_pipe, parse(IMAGE_SUITE), 0, lambda what: None)
+    measured = raw["images"][0]["arms"]
+    assert {name: arm["status"] for name, arm in measured.items()} == dict.fromkeys(measured, "ok")
+    assert measured["pipeline/eager"]["error"] == 0
+    assert measured["shared-locked/eager"]["error"] == 0
+    assert all(len(arm["total_s"]) == 8 for arm in measured.values())
+    report = around(raw)
+    assert [target["met"] for target in report["summary"]["targets"]] == [True]
+    assert raw["unsupported"] == []
+    assert "toy model" in markdown(report)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_fast_wrong_answer_is_invalid(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(template: Any) -> Any:
+        clone = copy.deepcopy(template)
+        clone.register_to_config(prediction_type="v_prediction")
+        return clone
+
+    monkeypatch.setitem(arms.OWNERS, "cloned-shallow", wrong)
+    raw = run.run(tiny_pipe, parse(IMAGE_SUITE), 0, lambda what: None)
+    case = raw["images"][0]
+    assert case["arms"]["cloned-shallow/eager"]["status"] == "INVALID"
+    assert case["arms"]["cloned-shallow/eager"]["total_s"] == []
+    assert case["comparisons"] == []
+    report = around(raw)
+    assert [target["met"] for target in report["summary"]["targets"]] == [False]
+    assert "no valid pair" in markdown_table(attribution_table(report))
+    assert "INVALID: a wrong answer" in markdown(report)
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which `--quick` ran, at its smallest."""
+    import os
+
+    import torch
+
+    threads, home, folder = torch.get_num_threads(), Path.cwd(), tmp_path_factory.mktemp("quick")
+    os.chdir(folder)
+    try:
+        assert main(["--quick", "--model", str(tiny_folder), "--steps", "3", "--batch", "2", "--save", "kept"]) == 0
+    finally:
+        os.chdir(home)
+        torch.set_num_threads(threads)
+    return folder
+
+
+def test_the_command_writes_a_report_twice_when_asked_to(quick: Path) -> None:
+    (run_folder,) = (quick / "reports" / "runs").iterdir()
+    for name in ("report.json", "report.md"):
+        assert (run_folder / name).read_bytes() == (quick / "reports" / "kept" / name).read_bytes()
+
+
+def test_the_page_is_a_pure_function_of_the_json(quick: Path) -> None:
+    text = (quick / "reports" / "kept" / "report.json").read_text()
+    page = (quick / "reports" / "kept" / "report.md").read_text()
+    report = json.loads(text)
+    assert markdown(report) == page == markdown(json.loads(text))
+    raw = {key: value for key, value in report.items() if key != "summary"}
+    assert summarize(raw) == report["summary"]
+    assert page.isascii()
+
+
+def test_the_page_opens_with_the_attribution(quick: Path) -> None:
+    report = json.loads((quick / "reports" / "kept" / "report.json").read_text())
+    page = (quick / "reports" / "kept" / "report.md").read_text()
+    titles = [table.title for table in tables(report)]
+    assert titles[0].startswith("What each step is worth")
+    assert titles[1] == "Targets"
+    assert markdown_table(attribution_table(report)) in page
+    for section in ("Memory", "Fate of the images", "Error against float64", "Operations and host syncs"):
+        assert any(title.startswith(section) for title in titles)
+
+
+def test_the_report_keeps_raw_samples_and_the_machine(quick: Path) -> None:
+    report = json.loads((quick / "reports" / "kept" / "report.json").read_text())
+    assert report["schema"] == "fastdiff.bench/1"
+    assert len(report["machine"]["id"]) == 12
+    assert report["model"]["toy"]
+    assert report["unsupported"] == []
+    for case in (*report["images"], *report["rows"]):
+        lengths = {len(arm["total_s"]) for arm in case["arms"].values()}
+        assert len(lengths) == 1
+        assert lengths.pop() >= 8
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_cannot_run_is_listed_with_its_reason_and_the_rest_runs(tiny_pipe: Any) -> None:
+    suite = {
+        "threads": 1,
+        "row_max_s": 0,
+        "setup": [{"samplers": ["CosineDPMSolverMultistep", "Euler"], "steps": 3}],
+        "row": [
+            {"name": "too long", "samplers": ["DDPM"], "latent_shape": [4, 8, 8], "steps": 500, "modes": ["eager"]}
+        ],
+        "no_gain": [{"label": "x", "case": "too long", "base": "diffusers", "arm": "tensorized/eager"}],
+        "target": [{"label": "t", "case": "too long", "base": "diffusers", "arms": ["tensorized/eager"]}],
+    }
+    raw = run.run(tiny_pipe, parse(suite), 0, lambda what: None)
+    assert [one["sampler"] for one in raw["setup"]] == ["Euler"]
+    reasons = {one["what"]: one["reason"] for one in raw["unsupported"]}
+    assert "CosineDPMSolverMultistepScheduler" in reasons["set-up: CosineDPMSolverMultistep"]
+    assert "PlanMismatch" in reasons["rows: too long"]
+    report = around(raw)
+    assert report["summary"]["targets"][0]["met"] is False
+    assert "## Unsupported" in markdown(report)
