@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastdiff.ownership import Lease as Lease
     from fastdiff.ownership import acquire as acquire
     from fastdiff.plan import CapturePlan as CapturePlan
-    from fastdiff.probe import table_cache
+    from fastdiff.probe import table_cache as table_cache
     from fastdiff.probe import tabulate as tabulate
     from fastdiff.request import Request as Request
     from fastdiff.request import Result as Result
@@ -37,14 +37,12 @@ _HOMES = {
     "models": "models", "prune": "table", "table_cache": "probe", "tabulate": "probe",
 }  # fmt: skip
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605  # a literal list would be a third copy of the names
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
     home = import_module(f"fastdiff.{_HOMES[name]}")
-    value = globals()[name] = {"models": home, "table_cache": getattr(home, "cache", None)}.get(name) or getattr(
-        home, name
-    )
+    value = globals()[name] = home if name == "models" else getattr(home, name)
     return value

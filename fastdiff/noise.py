@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,37 @@ def row_noise(
     A draw that weighs nothing is made all the same: it moves the generator on.
     """
     return [normal(generator, shape, own or dtype, device) for own in draws]
+
+
+def run_noise(
+    generator: torch.Generator,
+    draws: Sequence[Sequence[Draw]],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The draws of several rows, [rows, Z, *shape] float32: bitwise those of `row_noise` row by row, zero where a row
+    makes fewer than Z.
+
+    On the CPU a generator fills a tensor sixteen numbers at a time, so latents of a multiple of sixteen can be drawn
+    all at once, at a sixth of the cost of one by one.
+    """
+    dtypes = [own or dtype for row in draws for own in row]
+    count, Z = len(dtypes), max(map(len, draws), default=0)
+    if not count:
+        return torch.zeros(len(draws), Z, *shape, device=device)
+    if generator.device.type == "cpu" and math.prod(shape) % 16 == 0 and len(set(dtypes)) == 1:
+        drawn = torch.randn(count, *shape, generator=generator, dtype=dtypes[0])
+    else:
+        drawn = torch.stack([normal(generator, shape, own, generator.device).float() for own in dtypes])
+    drawn = drawn.to(device, torch.float32)
+    if count == len(draws) * Z:
+        return drawn.view(len(draws), Z, *shape)
+    noise, taken = torch.zeros(len(draws), Z, *shape, device=device), 0
+    for row, own in enumerate(draws):
+        noise[row, : len(own)] = drawn[taken : taken + len(own)]
+        taken += len(own)
+    return noise
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -12,9 +12,6 @@ import torch
 from fastdiff.errors import PlanMismatch
 from fastdiff.table import RowLayout, StepTable
 
-RING_BYTES = 32 * 2**20
-"""Noise drawn ahead per slot is kept whole up to this size; beyond it the ring holds one row."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CapturePlan:
@@ -27,6 +24,7 @@ class CapturePlan:
     memory: int = 4  # K: DPM++ 2M 2, Heun 3, UniPC 4, UniPC of order 3 5, PNDM with Runge-Kutta steps 6
     rows: int = 128  # R
     draws: int = 1  # Z: noise draws per row
+    ring_bytes: int = 32 * 2**20  # a slot's noise is drawn ahead for a whole run up to this size, else row by row
 
     def __post_init__(self) -> None:
         for name in ("memory", "rows"):
@@ -59,7 +57,7 @@ class CapturePlan:
     def ring_depth(self) -> int:
         """Rows of noise that a slot holds: a whole run where that is small, else one."""
         whole_run_bytes = self.rows * self.draws * self.latent_numel * 4
-        return self.rows if whole_run_bytes <= RING_BYTES else 1
+        return self.rows if whole_run_bytes <= self.ring_bytes else 1
 
     @property
     def state_bytes(self) -> int:

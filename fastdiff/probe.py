@@ -70,6 +70,7 @@ PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "flow_prediction": lambda alpha, sigma: (-1.0, 1.0),
 }
 
+_OPTIONAL = ("num_inference_steps", "timesteps", "sigmas", "mu")
 _RESERVED = ("generator", "return_dict", "model_output", "timestep", "sample", "variance_noise", "device")
 _SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index"})
 
@@ -96,13 +97,27 @@ def tabulate(
     Raises NotLinear where no table exists, NumericalError where diffusers itself divides by zero, TypeError for a name
     that neither method takes, and whatever diffusers itself raises for a schedule that it refuses.
     """
-    schedule = _Schedule.of(scheduler, num_inference_steps, timesteps, sigmas, mu, begin_index, kwargs)
-    return table_cache.get((_fingerprint(scheduler), schedule.key), lambda: prune(probe(scheduler, schedule)))
+    _check_scheduler(scheduler)
+    named = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu} | kwargs
+
+    def build() -> StepTable:
+        return prune(probe(scheduler, _Schedule.of(scheduler, begin_index, named)))
+
+    return table_cache.get((_fingerprint(scheduler), _freeze(begin_index), _freeze(named)), build)
 
 
 def not_linear(subject: str, why: str, instead: str) -> NotLinear:
     """The one form of a refusal: who, why, and what to use instead."""
     return NotLinear(f"{subject} is not a table: {why}. Use instead: {instead}.")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    if name in REFUSED:
+        why, instead = REFUSED[name]
+        raise not_linear(name, why, instead)
+    if not _is_scheduler(scheduler):
+        raise TypeError(f"expected a diffusers scheduler, got {name}")
 
 
 @dataclass(frozen=True)
@@ -114,37 +129,24 @@ class _Schedule:
     begin_index: int
 
     @classmethod
-    def of(
-        cls, scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[float] | None,
-        sigmas: Sequence[float] | None, mu: float | None, begin_index: int, kwargs: dict[str, Any],
-    ) -> _Schedule:  # fmt: skip
+    def of(cls, scheduler: Any, begin_index: int, named: dict[str, Any]) -> _Schedule:
+        """Sorts `named`; one of diffusers' pipelines' own four that is None was not given."""
         name = type(scheduler).__name__
-        if name in REFUSED:
-            why, instead = REFUSED[name]
-            raise not_linear(name, why, instead)
-        if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
-            raise TypeError(f"expected a diffusers scheduler, got {name}")
-        wanted = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
-        named = {key: value for key, value in wanted.items() if value is not None} | kwargs
         schedule_names, step_names = _named_parameters(type(scheduler))
         to_set_timesteps: dict[str, Any] = {}
         to_step: dict[str, Any] = {}
         for key, value in named.items():
+            if value is None and key in _OPTIONAL:
+                continue
             if key in _RESERVED or (key not in schedule_names and key not in step_names):
                 offered = sorted((schedule_names | step_names) - set(_RESERVED) - {"num_inference_steps"})
                 raise TypeError(f"{name} takes no {key!r}; it takes {', '.join(offered)}")
             if key not in schedule_names and isinstance(value, (Tensor, np.ndarray)) and value.ndim:
                 raise not_linear(f"{name} with {key}", "rows hold numbers, not tensors", f"it without {key}")
             (to_set_timesteps if key in schedule_names else to_step)[key] = value
-        if num_inference_steps is not None:
-            to_set_timesteps["num_inference_steps"] = num_inference_steps
         if operator.index(begin_index) < 0:
             raise ValueError(f"begin_index: expected an integer >= 0, got {begin_index!r}")
         return cls(to_set_timesteps, to_step, operator.index(begin_index))
-
-    @property
-    def key(self) -> Hashable:
-        return _freeze(self.set_timesteps), _freeze(self.step), self.begin_index
 
 
 _parameters: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
@@ -855,6 +857,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
 
     Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall.
     """
+    _check_scheduler(scheduler)
     times = [float(t) for t in timesteps]
     if not times or any(later >= earlier for earlier, later in pairwise(times)):
         raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
@@ -866,7 +869,7 @@ def _renoise(scheduler: Any, times: list[float]) -> StepTable:
     name = type(scheduler).__name__
     steps = int(scheduler.config.num_train_timesteps)
     of_all = {"original_inference_steps": steps} if hasattr(scheduler.config, "original_inference_steps") else {}
-    whole = _Schedule.of(scheduler, steps, None, None, None, 0, of_all)
+    whole = _Schedule.of(scheduler, 0, {"num_inference_steps": steps} | of_all)
     with _plain_torch():
         entries = _Stepper(scheduler, whole).timesteps
         rows: list[_Row] = []

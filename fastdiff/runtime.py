@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +17,7 @@ from fastdiff import stages
 from fastdiff.capture import Mode, Steps
 from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch
 from fastdiff.families import Family, family_of
-from fastdiff.noise import copy_generator, row_noise
+from fastdiff.noise import copy_generator, run_noise
 from fastdiff.plan import CapturePlan
 from fastdiff.request import Request, Result
 from fastdiff.slots import Slots
@@ -165,9 +165,10 @@ class _Occupant:
 
     state: RequestState  # as loaded; the slot has the latents since
     row: int
-    drawn: int  # rows whose noise is in the ring
-    generator: torch.Generator | None
-    snapshots: dict[int, Tensor] = field(default_factory=dict)  # generator state before each row drawn ahead
+    generator: torch.Generator | None  # after all that was drawn ahead
+    drawn_from: int  # the first row of the noise in the ring
+    drawn_to: int  # and the row after its last
+    before: Tensor | None = None  # the generator's state before that noise was drawn
 
     @property
     def table(self) -> StepTable:
@@ -208,7 +209,7 @@ class Session:
                 raise ValueError(f"{table.source} draws noise: the state needs a generator")
             generator = copy_generator(state.generator)
         self._slots.load(slot, state)
-        self._occupants[slot] = _Occupant(state, row=state.row, drawn=state.row, generator=generator)
+        self._occupants[slot] = _Occupant(state, state.row, generator, drawn_from=state.row, drawn_to=state.row)
         return slot
 
     def step(self) -> list[int]:
@@ -216,8 +217,7 @@ class Session:
         self._check_open()
         running = {slot: one for slot, one in self._occupants.items() if one.row < len(one.table)}
         for slot, occupant in running.items():
-            if occupant.generator is not None:
-                self._draw_ahead(slot, occupant)
+            self._draw_ahead(slot, occupant)
         if running:
             with torch.no_grad():
                 self._steps(self._plan.size_for(max(running) + 1))
@@ -235,9 +235,9 @@ class Session:
         """An independent copy of the slot's request as it now stands, generator included; the slot runs on."""
         occupant = self._occupant(slot)
         copied = occupant.state.fork()
-        if occupant.generator is not None and copied.generator is not None:
-            ahead = (before for row, before in occupant.snapshots.items() if row >= occupant.row)
-            copied.generator.set_state(next(ahead, occupant.generator.get_state()))
+        if occupant.before is not None and copied.generator is not None:
+            copied.generator.set_state(occupant.before)
+            self._draw(copied.generator, occupant, occupant.drawn_from, occupant.row)  # the rows that have run
         return replace(copied, latents=self._slots.read(slot, occupant.table.memory), row=occupant.row)
 
     def cancel(self, slot: int) -> None:
@@ -274,19 +274,17 @@ class Session:
 
     def _draw_ahead(self, slot: int, occupant: _Occupant) -> None:
         """Fill the slot's ring with the noise of the coming rows, in diffusers' order, and keep the way back."""
-        assert occupant.generator is not None
-        occupant.snapshots.pop(occupant.row - 1, None)
-        if occupant.drawn > occupant.row:
+        if occupant.generator is None or occupant.drawn_to > occupant.row:
             return
-        for row in range(occupant.row, min(occupant.row + self._plan.ring_depth, len(occupant.table))):
-            draws = occupant.table.draws[row]
-            if draws:
-                occupant.snapshots[row] = occupant.generator.get_state()
-                noise = row_noise(
-                    occupant.generator, draws, self._plan.latent_shape, occupant.state.dtype, self._slots.device
-                )
-                self._slots.put_noise(slot, row, noise)
-            occupant.drawn = row + 1
+        occupant.before = occupant.generator.get_state()
+        occupant.drawn_from = occupant.row
+        occupant.drawn_to = min(occupant.row + self._plan.ring_depth, len(occupant.table))
+        noise = self._draw(occupant.generator, occupant, occupant.drawn_from, occupant.drawn_to)
+        self._slots.put_noise(slot, occupant.row, noise)
+
+    def _draw(self, generator: torch.Generator, occupant: _Occupant, start: int, end: int) -> Tensor:
+        draws = occupant.table.draws[start:end]
+        return run_noise(generator, draws, self._plan.latent_shape, occupant.state.dtype, self._slots.device)
 
     def _check_fits(self, state: RequestState, table: StepTable) -> None:
         latents = state.prepared[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -98,12 +97,12 @@ class Slots:
         place.row.fill_(state.row)
         place.end.fill_(len(table))
 
-    def put_noise(self, slot: int, row: int, noise: Sequence[Tensor]) -> None:
-        """Write the draws of `row` into the slot's ring."""
-        ring = self._places[slot].noise[row % self.plan.ring_depth]
+    def put_noise(self, slot: int, row: int, noise: Tensor) -> None:
+        """Write the draws [rows, Z, *latent_shape] of `row` and the rows after it into the slot's ring."""
+        first = row % self.plan.ring_depth
+        ring = self._places[slot].noise[first : first + len(noise), : noise.shape[1]]
         self._has_noise[slot] = True
-        for draw, eps in enumerate(noise):
-            ring[draw].copy_(eps.flatten(), non_blocking=True)
+        ring.copy_(noise.flatten(2), non_blocking=True)
 
     def read(self, slot: int, memory: int) -> Tensor:
         """A copy of the slot's latents [K, C, H, W]."""

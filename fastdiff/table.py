@@ -350,7 +350,7 @@ class TableCache:
 
     def __init__(self, max_size: int = 256) -> None:
         self._max_size = max_size
-        self._entries: OrderedDict[Hashable, Future[StepTable]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, StepTable | Future[StepTable]] = OrderedDict()
         self._by_digest: dict[str, StepTable] = {}
         self._lock = threading.Lock()
         self._hits = self._misses = self._joined = self._evictions = 0
@@ -362,33 +362,33 @@ class TableCache:
         """
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:
-                self._misses += 1
-                mine = entry = self._entries[key] = Future()
-            else:
-                mine = None
+            if isinstance(entry, StepTable):
+                self._hits += 1
                 self._entries.move_to_end(key)
-                if entry.done():
-                    self._hits += 1
-                else:
-                    self._joined += 1
-        if mine is not None:
-            try:
-                table = build()
-            except BaseException as error:
-                with self._lock:
-                    self._entries.pop(key, None)
-                mine.set_exception(error)
-                raise
+                return entry
+            if entry is not None:
+                self._joined += 1
+            else:
+                self._misses += 1
+                mine = self._entries[key] = Future()
+        if entry is not None:
+            return entry.result()
+        try:
+            table = build()
+        except BaseException as error:
             with self._lock:
-                mine.set_result(self._by_digest.setdefault(table.digest, table))
-                while len(self._entries) > self._max_size:
-                    self._entries.popitem(last=False)
-                    self._evictions += 1
-                if len(self._by_digest) > 2 * self._max_size:
-                    kept = (future.result() for future in self._entries.values() if future.done())
-                    self._by_digest = {table.digest: table for table in kept}
-        return entry.result()
+                self._entries.pop(key, None)
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            table = self._entries[key] = self._by_digest.setdefault(table.digest, table)
+            while len(self._entries) > self._max_size:
+                self._entries.popitem(last=False)
+                self._evictions += 1
+            if len(self._by_digest) > 2 * self._max_size:
+                self._by_digest = {kept.digest: kept for kept in self._entries.values() if isinstance(kept, StepTable)}
+        mine.set_result(table)
+        return table
 
     def info(self) -> CacheInfo:
         """A snapshot of the counters."""

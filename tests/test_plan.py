@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fastdiff.errors import PlanMismatch
-from fastdiff.plan import RING_BYTES, CapturePlan
+from fastdiff.plan import CapturePlan
 
 
 def plan(**fields: Any) -> CapturePlan:
-    return CapturePlan(**({"latent_shape": (4, 8, 8), "dtype": torch.float32} | fields))
+    defaults: dict[str, Any] = {"latent_shape": (4, 8, 8), "dtype": torch.float32}
+    return CapturePlan(**defaults | fields)
 
 
 @pytest.mark.parametrize(
@@ -45,4 +46,5 @@ def test_the_ring_holds_a_whole_run_only_where_that_is_small() -> None:
     assert plan(rows=50).ring_depth == 50
     video = plan(latent_shape=(16, 21, 60, 104), rows=50)
     assert video.ring_depth == 1
-    assert video.latent_numel * 4 * 50 > RING_BYTES
+    assert video.latent_numel * 4 * 50 > video.ring_bytes
+    assert plan(rows=50, ring_bytes=0).ring_depth == 1

@@ -148,7 +148,7 @@ def test_the_unpruned_table_names_the_attribute_behind_each_latent() -> None:
     from fastdiff.probe import _Schedule, probe
 
     scheduler = diffusers.IPNDMScheduler()
-    table = probe(scheduler, _Schedule.of(scheduler, 8, None, None, None, 0, {}))
+    table = probe(scheduler, _Schedule.of(scheduler, 0, {"num_inference_steps": 8}))
     assert table.latents[0] == ("sample",)
     assert table.latents[8][:3] == ("sample", "ets[0]", "ets[1]")
     assert table.memory == 9  # the list only grows

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import NotLinear, NumericalError, PlanMismatch, Request, RequestState, Runtime, Session
+from fastdiff import NotLinear, NumericalError, PlanMismatch, Request, RequestState, Runtime, Session, stages
 from fastdiff.noise import copy_generator
 from fastdiff.stages import scheduler_of
 
@@ -237,6 +237,25 @@ def test_another_process_that_gets_only_the_file_makes_bitwise_the_same_image(
     whole, resumed = finish(session, slot), RequestState.load(tmp_path / "done.safetensors")
     assert torch.equal(whole.prepared[1], resumed.prepared[1])
     assert torch.equal(runtime.family.decode(whole.sample), runtime.family.decode(resumed.sample))
+
+
+@pytest.mark.parametrize("scheduler", ["EulerAncestral", "LCM"])
+def test_noise_drawn_row_by_row_is_the_noise_drawn_for_a_whole_run(pipe: Any, runtime: Runtime, scheduler: str) -> None:
+    """Large latents have a ring of one row; a fork in mid-run still has the generator state of its own row."""
+    row_by_row = Runtime(pipe, max_batch=4, memory=6, ring_bytes=0)
+    assert (row_by_row.plan.ring_depth, runtime.plan.ring_depth) == (1, runtime.plan.rows)
+    request = Request(prompt="a handwritten two", steps=5, seed=2, scheduler=scheduler)
+    for own in (row_by_row, runtime):
+        assert torch.equal(own.generate([request])[0].latents, runtime.generate([request])[0].latents)
+        with own.session() as session:
+            slot = session.add(own.prepare(request))
+            states = []
+            for _ in range(5):
+                states.append(session.fork(slot))
+                session.step()
+            for state in states:
+                finished = stages.denoise(own.family, state)
+                torch.testing.assert_close(finished.prepared[1], session.fork(slot).prepared[1])
 
 
 @pytest.mark.parametrize("scheduler", ["UniPCMultistep", "EulerAncestral"])

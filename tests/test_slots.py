@@ -34,7 +34,7 @@ def test_addresses_never_change() -> None:
     before = [tensor.data_ptr() for tensor in slots.tensors()]
     for slot, name in enumerate(("UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler")):
         slots.load(slot, prepared(name))
-        slots.put_noise(slot, 0, [torch.ones(LATENT_SHAPE)])
+        slots.put_noise(slot, 0, torch.ones(1, 1, *LATENT_SHAPE))
         slots.park(slot)
     assert [tensor.data_ptr() for tensor in slots.tensors()] == before
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.noise import copy_generator, row_noise
+from fastdiff.noise import copy_generator, row_noise, run_noise
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
@@ -37,9 +37,8 @@ def load_all(slots: Slots, states: list[RequestState]) -> None:
 def put_all_noise(slots: Slots, slot: int, state: RequestState) -> None:
     own, _ = state.prepared
     assert state.generator is not None
-    generator = copy_generator(state.generator)
-    for row, draws in enumerate(own.draws):
-        slots.put_noise(slot, row, row_noise(generator, draws, LATENT_SHAPE, torch.float32, torch.device("cpu")))
+    noise = run_noise(copy_generator(state.generator), own.draws, LATENT_SHAPE, torch.float32, torch.device("cpu"))
+    slots.put_noise(slot, 0, noise)
 
 
 def reference_run(state: RequestState, guidance: float = 1.0) -> list[Tensor]:
@@ -119,7 +118,7 @@ def test_nothing_stays_in_a_slot_that_a_nan_request_left() -> None:
     poison = random_state(table("UniPCMultistepScheduler"), 0)
     poison.latents = torch.full_like(poison.prepared[1], float("nan"))
     used.load(0, poison)
-    used.put_noise(0, 0, [torch.full(LATENT_SHAPE, float("nan"))])
+    used.put_noise(0, 0, torch.full((1, 1, *LATENT_SHAPE), float("nan")))
     for _ in range(3):
         denoise_step(toy_model, used.batch(1))
     state = random_state(table("EulerDiscreteScheduler"), 1)

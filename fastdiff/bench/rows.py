@@ -24,7 +24,7 @@ from fastdiff.bench.measure import Block, Sample
 from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
 from fastdiff.bench.vram import EmulatedDevice, reachable_tensors, storage_bytes
 from fastdiff.capture import Mode, Steps
-from fastdiff.noise import normal, row_noise, seeded
+from fastdiff.noise import normal, row_noise, run_noise, seeded
 from fastdiff.plan import CapturePlan
 from fastdiff.probe import table_cache
 from fastdiff.slots import Slots
@@ -110,9 +110,9 @@ class RowBench:
 
         def draw(slot: int, table: StepTable) -> None:
             generator = seeded(NOISE_SEED + slot)
-            for row in range(case.steps):
-                noise = row_noise(generator, table.draws[row], case.latent_shape, torch.float32, self.bench.device)
-                rows.slots.put_noise(slot, row, noise)
+            draws = table.draws[: case.steps]
+            noise = run_noise(generator, draws, case.latent_shape, torch.float32, self.bench.device)
+            rows.slots.put_noise(slot, 0, noise)
 
         def block() -> Sample:
             for slot, table in enumerate(tables):
@@ -308,7 +308,7 @@ def _fastdiff_float32(
     slots.load(0, RequestState(request=None, table=table, latents=table.init(first)))
     generator = seeded(NOISE_SEED)
     for row in range(len(table)):
-        slots.put_noise(0, row, row_noise(generator, table.draws[row], first.shape, torch.float32, first.device))
+        slots.put_noise(0, row, run_noise(generator, [table.draws[row]], first.shape, torch.float32, first.device))
         output = outputs[row]
         denoise_step(lambda sample, timestep, conditioning, guidance, output=output: output, slots.batch(1))
     return slots.read(0, 1)[0]
