@@ -165,6 +165,7 @@ class _Occupant:
 
     state: RequestState  # as loaded; the slot has the latents since
     row: int
+    end: int  # rows of the table
     generator: torch.Generator | None  # after all that was drawn ahead
     drawn_from: int  # the first row of the noise in the ring
     drawn_to: int  # and the row after its last
@@ -209,13 +210,13 @@ class Session:
                 raise ValueError(f"{table.source} draws noise: the state needs a generator")
             generator = copy_generator(state.generator)
         self._slots.load(slot, state)
-        self._occupants[slot] = _Occupant(state, state.row, generator, drawn_from=state.row, drawn_to=state.row)
+        self._occupants[slot] = _Occupant(state, state.row, len(table), generator, drawn_from=state.row, drawn_to=state.row)
         return slot
 
     def step(self) -> list[int]:
         """Advance every unfinished slot by one row; the finished slots that wait to be taken, in rising order."""
         self._check_open()
-        running = {slot: one for slot, one in self._occupants.items() if one.row < len(one.table)}
+        running = {slot: one for slot, one in self._occupants.items() if one.row < one.end}
         for slot, occupant in running.items():
             self._draw_ahead(slot, occupant)
         if running:
@@ -223,7 +224,7 @@ class Session:
                 self._steps(self._plan.size_for(max(running) + 1))
         for occupant in running.values():
             occupant.row += 1
-        return sorted(slot for slot, one in self._occupants.items() if one.row == len(one.table))
+        return sorted(slot for slot, one in self._occupants.items() if one.row == one.end)
 
     def take(self, slot: int) -> RequestState:
         """The slot's request as it now stands, copied out; the slot is free again."""
@@ -278,7 +279,7 @@ class Session:
             return
         occupant.before = occupant.generator.get_state()
         occupant.drawn_from = occupant.row
-        occupant.drawn_to = min(occupant.row + self._plan.ring_depth, len(occupant.table))
+        occupant.drawn_to = min(occupant.row + self._plan.ring_depth, occupant.end)
         noise = self._draw(occupant.generator, occupant, occupant.drawn_from, occupant.drawn_to)
         self._slots.put_noise(slot, occupant.row, noise)
 

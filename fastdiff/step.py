@@ -19,18 +19,19 @@ def denoise_step(denoiser: Denoiser, batch: Batch) -> None:
     """
     n, K, P = batch.latents.shape
     layout = batch.layout
-    coefficients = batch.table[batch.slot, batch.row]  # [n, F], the only gather
+    coefficients = batch.table[batch.slot, batch.row][:, :, None, None]  # [n, F, 1, 1], the only gather of rows
     scalars, clip, weights = coefficients.split([layout.scalars, K + 1, K * layout.terms], dim=1)
-    t, c_in, guidance, lo, hi = scalars.unbind(1)  # [n] each
+    t, c_in, guidance, lo, hi = scalars.unbind(1)  # [n, 1, 1] each
 
     state = batch.latents  # [n, K, P]
-    sample = (state[:, 0] * c_in[:, None]).to(batch.dtype).view(n, *batch.latent_shape)
-    model_output = denoiser(sample, t, batch.conditioning, guidance).float().reshape(n, P)
+    latents = state[:, :, None].unbind(1)  # K times [n, 1, P]
+    sample = (latents[0] * c_in).to(batch.dtype).view(n, *batch.latent_shape)
+    model_output = denoiser(sample, t.view(n), batch.conditioning, guidance.view(n)).float().reshape(n, 1, P)
 
-    terms = [*state.unbind(1), model_output]  # K + 1 times [n, P]
-    phi = weighted_sum(clip[:, :, None].unbind(1), terms).clamp(lo[:, None], hi[:, None])  # [n, P]
+    terms = [*latents, model_output]
+    phi = weighted_sum(clip.unbind(1), terms).clamp(lo, hi)  # [n, 1, P]
     eps = batch.noise[batch.slot, batch.row % batch.noise.shape[1]]  # [n, Z, P]
-    terms = [term[:, None] for term in (*terms, phi, *eps.unbind(1))]  # K + 2 + Z times [n, 1, P]
+    terms += [phi, *eps[:, :, None].unbind(1)]  # K + 2 + Z times [n, 1, P]
     advanced = weighted_sum(weights.view(n, K, layout.terms, 1).unbind(2), terms)  # [n, K, P]
 
     active = batch.row < batch.end  # [n]
