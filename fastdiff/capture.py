@@ -36,6 +36,8 @@ class Steps:
 
     def _build(self, n: int) -> Callable[[], None]:
         denoiser, batch = self._denoiser, self._slots.batch(n)
+        if self.mode == "eager":
+            batch = batch.with_views()
 
         def step() -> None:
             denoise_step(denoiser, batch)

@@ -210,7 +210,7 @@ class Session:
                 raise ValueError(f"{table.source} draws noise: the state needs a generator")
             generator = copy_generator(state.generator)
         self._slots.load(slot, state)
-        self._occupants[slot] = _Occupant(state, state.row, len(table), generator, drawn_from=state.row, drawn_to=state.row)
+        self._occupants[slot] = _Occupant(state, state.row, len(table), generator, state.row, state.row)
         return slot
 
     def step(self) -> list[int]:

@@ -13,6 +13,27 @@ from fastdiff.state import RequestState
 from fastdiff.table import GUIDANCE, RowLayout, StepTable, pack
 
 
+class Row(NamedTuple):
+    """The coefficients that each of n slots applies next."""
+
+    t: Tensor  # [n]
+    guidance: Tensor  # [n]
+    c_in: Tensor  # [n, 1, 1]
+    lo: Tensor  # [n, 1, 1]
+    hi: Tensor  # [n, 1, 1]
+    clip: tuple[Tensor, ...]  # r: K + 1 times [n, 1, 1]
+    weights: tuple[Tensor, ...]  # A | b | d | C: K + 2 + Z times [n, K, 1]
+
+    @classmethod
+    def of(cls, coefficients: Tensor, layout: RowLayout) -> Row:
+        """Views of packed rows [n, F]."""
+        n, K = len(coefficients), layout.memory
+        scalars, clip, weights = coefficients[:, :, None, None].split([layout.scalars, K + 1, K * layout.terms], dim=1)
+        t, c_in, guidance, lo, hi = scalars.unbind(1)
+        terms = weights.view(n, K, layout.terms, 1).unbind(2)
+        return cls(t.view(n), guidance.view(n), c_in, lo, hi, tuple(clip.unbind(1)), tuple(terms))
+
+
 class Batch(NamedTuple):
     """Slots [0, n) as one step sees them: views, made once, P = latent elements."""
 
@@ -26,6 +47,46 @@ class Batch(NamedTuple):
     latents: Tensor  # [n, K, P] float32
     noise: Tensor  # [n, D, Z, P] float32: a ring, row i at i mod D
     conditioning: dict[str, Tensor]  # [n, ...] each
+    static: Static | None = None
+
+    def current(self) -> Row:
+        """Gather each slot's next row."""
+        if self.static is None:
+            return Row.of(self.table[self.slot, self.row], self.layout)
+        packed, first, coefficients, row, _ = self.static
+        torch.index_select(packed, 0, first + self.row, out=coefficients)
+        return row
+
+    def terms(self) -> tuple[Tensor, ...]:
+        """The latents: K times [n, 1, P]."""
+        return tuple(self.latents[:, :, None].unbind(1)) if self.static is None else self.static.latents
+
+    def with_views(self) -> Batch:
+        """The same batch with the views of a step made beforehand.
+
+        A step in eager mode is as long as its dispatches, and half of them are views. A compiler wants none of this:
+        it would see thirty inputs that alias each other.
+        """
+        coefficients = torch.zeros(len(self.slot), self.layout.width, device=self.table.device)
+        return self._replace(
+            static=Static(
+                packed=self.table.flatten(0, 1),
+                first=self.slot * self.table.shape[1],
+                coefficients=coefficients,
+                row=Row.of(coefficients, self.layout),
+                latents=self.terms(),
+            )
+        )
+
+
+class Static(NamedTuple):
+    """Where an eager step gathers its rows to, and the views that it works on."""
+
+    packed: Tensor  # [n (R + 1), F], the table
+    first: Tensor  # [n] int64: each slot's first row in it
+    coefficients: Tensor  # [n, F]
+    row: Row  # of the coefficients
+    latents: tuple[Tensor, ...]  # K times [n, 1, P]
 
 
 class Slots:

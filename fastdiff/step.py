@@ -17,26 +17,20 @@ def denoise_step(denoiser: Denoiser, batch: Batch) -> None:
     Each slot applies its own row of its own table: x_in = c_in s[0]; phi = clamp(r . [s, m]);
     s' = [A | b | d | C] . [s, m, phi, eps]. Spent and idle slots are held.
     """
-    n, K, P = batch.latents.shape
-    layout = batch.layout
-    coefficients = batch.table[batch.slot, batch.row][:, :, None, None]  # [n, F, 1, 1], the only gather of rows
-    scalars, clip, weights = coefficients.split([layout.scalars, K + 1, K * layout.terms], dim=1)
-    t, c_in, guidance, lo, hi = scalars.unbind(1)  # [n, 1, 1] each
+    n, _, P = batch.latents.shape
+    row = batch.current()
 
-    state = batch.latents  # [n, K, P]
-    latents = state[:, :, None].unbind(1)  # K times [n, 1, P]
-    sample = (latents[0] * c_in).to(batch.dtype).view(n, *batch.latent_shape)
-    model_output = denoiser(sample, t.view(n), batch.conditioning, guidance.view(n)).float().reshape(n, 1, P)
+    latents = batch.terms()  # K times [n, 1, P]
+    sample = (latents[0] * row.c_in).to(batch.dtype).view(n, *batch.latent_shape)
+    model_output = denoiser(sample, row.t, batch.conditioning, row.guidance).float().reshape(n, 1, P)
 
-    terms = [*latents, model_output]
-    phi = weighted_sum(clip.unbind(1), terms).clamp(lo, hi)  # [n, 1, P]
+    phi = weighted_sum(row.clip, (*latents, model_output)).clamp(row.lo, row.hi)  # [n, 1, P]
     eps = batch.noise[batch.slot, batch.row % batch.noise.shape[1]]  # [n, Z, P]
-    terms += [phi, *eps[:, :, None].unbind(1)]  # K + 2 + Z times [n, 1, P]
-    advanced = weighted_sum(weights.view(n, K, layout.terms, 1).unbind(2), terms)  # [n, K, P]
+    advanced = weighted_sum(row.weights, (*latents, model_output, phi, *eps[:, :, None].unbind(1)))  # [n, K, P]
 
-    active = batch.row < batch.end  # [n]
-    state.copy_(torch.where(active[:, None, None], advanced, state))  # never a product: 0 * nan is nan
-    batch.row.add_(active)
+    active = (batch.row < batch.end)[:, None, None]
+    batch.latents.copy_(torch.where(active, advanced, batch.latents))  # never a product: 0 * nan is nan
+    batch.row.add_(active.view(n))
 
 
 def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:

@@ -71,14 +71,14 @@ class StepTable:
 
     def __len__(self) -> int:
         """Rows, that is model evaluations (Heun with 12 steps has 23)."""
-        return len(self.timesteps)
+        return len(self.draws)
 
-    @property
+    @cached_property
     def memory(self) -> int:
         """K: latents that a request carries from row to row, the sample counted. Euler 1, DPM++ 2M 2."""
         return self.A.shape[1]
 
-    @property
+    @cached_property
     def max_draws(self) -> int:
         """Z: the most noise draws that any row makes."""
         return self.C.shape[2]

@@ -8,6 +8,7 @@ import torch
 from fastdiff.capture import Steps
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
+from fastdiff.step import denoise_step
 from tests.conftest import LATENT_SHAPE, SAMPLERS, toy_model
 from tests.test_step import load_all, mixed_states
 
@@ -17,6 +18,19 @@ PLAN = CapturePlan(latent_shape=LATENT_SHAPE, dtype=torch.float32, batch_sizes=(
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="mode: expected 'eager' or 'compiled', got 'fast'"):
         Steps(toy_model, Slots(PLAN, "cpu"), "fast")  # type: ignore[arg-type]
+
+
+def test_views_made_beforehand_change_no_bit() -> None:
+    n = len(SAMPLERS)
+    plain, viewed = Slots(PLAN, "cpu"), Slots(PLAN, "cpu")
+    steps = Steps(toy_model, viewed, "eager")
+    for slots in (plain, viewed):
+        load_all(slots, mixed_states())
+    for _ in range(10):
+        denoise_step(toy_model, plain.batch(n))
+        steps(n)
+        for slot in range(n):
+            assert torch.equal(plain.read(slot, PLAN.memory), viewed.read(slot, PLAN.memory))
 
 
 @pytest.mark.compiles

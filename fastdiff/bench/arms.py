@@ -204,7 +204,7 @@ def alone(
     """
     run = Run(family, request, owner())
     while run.unfinished:
-        with watch():
+        with watch:
             timestep = run.timesteps[run.row].float()[None]
             run.advance(family.denoiser(run.model_input(), timestep, run.conditioning, run.guidance).to(family.dtype))
         yield
@@ -250,7 +250,7 @@ def together(
     `padded` keeps finished requests in the batch, for a model compiled at one size.
     """
     runs = [Run(family, request, owner(request.scheduler)) for request in requests]
-    with watch():
+    with watch:
         batch: list[Run] = []
         while active := [run for run in runs if run.unfinished]:
             members = runs if padded else active
@@ -311,7 +311,7 @@ def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
 def tensorized(runtime: Runtime, requests: Iterable[Request], watch: Stopwatch) -> list[Tensor]:
     """A host's own loop over a session: all requests in the batch, a row each per step."""
     states = [runtime.prepare(request) for request in requests]
-    with runtime.session() as session, watch():
+    with runtime.session() as session, watch:
         slots = [session.add(state) for state in states]
         while len(session.step()) < len(slots):
             pass
@@ -356,7 +356,7 @@ def image_block(bench: Workbench, arm: str, requests: Sequence[Request], sequent
 
     def block() -> Sample:
         total, loop = bench.stopwatch(), bench.stopwatch()
-        with torch.no_grad(), total():
+        with torch.no_grad(), total:
             images_of(bench, arm, requests, sequential, loop)
         return Sample(total.seconds, loop.seconds or None)
 

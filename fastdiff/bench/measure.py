@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,19 +14,24 @@ from fastdiff.bench.stats import Ratio, pairs_needed, ratio
 
 
 class Stopwatch:
-    """Adds up the time inside its `with` blocks; work on a CUDA device is waited for at both ends."""
+    """Adds up the time inside its `with` blocks; work on a CUDA device is waited for at both ends.
+
+    A plain object, because a generator's context manager costs as much as a row after a real model call.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        self.seconds = 0.0
+        self._waits = device.type == "cuda"
+        self._started = self.seconds = 0.0
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self._synchronize()
-        started = time.perf_counter()
-        yield
-        self._synchronize()
-        self.seconds += time.perf_counter() - started
+    def __enter__(self) -> None:
+        if self._waits:
+            torch.cuda.synchronize()
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._waits:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
 
 
 @dataclass(frozen=True)

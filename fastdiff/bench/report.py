@@ -161,6 +161,7 @@ def rows_table(report: Report) -> Table:
                 (
                     f"{case['batch']} x {_samplers(case)}, {'between' if case['between'] else 'hot'}",
                     _latents(case["latent_shape"]),
+                    str(case["threads"]),
                     _arm_name(arm),
                     _status(measured),
                     _time(unit_s(case, arm), "row"),
@@ -169,7 +170,7 @@ def rows_table(report: Report) -> Table:
             )
     return Table(
         "One row of the sampler alone, null model",
-        ("case", "latents", "arm", "parity", "per row of the batch", "over diffusers"),
+        ("case", "latents", "threads", "arm", "parity", "per row of the batch", "over diffusers"),
         tuple(rows),
         "Hot: rows back to back. Between: each row follows a real model call that is not timed. "
         "Step noise is drawn in the timed part on both sides.",

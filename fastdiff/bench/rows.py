@@ -119,7 +119,7 @@ class RowBench:
                 sample = self.first_sample(slot, case.latent_shape)[0] * table.init_noise_sigma
                 rows.slots.load(slot, RequestState(request=None, table=table, latents=table.init(sample)))
             ahead = self.bench.stopwatch()
-            with ahead():
+            with ahead:
                 for slot, table in enumerate(tables):
                     if table.max_draws:
                         draw(slot, table)
@@ -146,13 +146,13 @@ class RowBench:
         watch = self.bench.stopwatch()
         with torch.no_grad():
             if model_call is None:
-                with watch():
+                with watch:
                     for number in range(case.steps):
                         row(number)
             else:
                 for number in range(case.steps):
                     model_call()
-                    with watch():
+                    with watch:
                         row(number)
         return Sample(watch.seconds)
 
@@ -192,7 +192,7 @@ def setup_blocks(bench: Workbench, sampler: str, case: SetupCase) -> dict[str, B
     def block_of(call: Callable[[], object], repeats: int) -> Block:
         def block() -> Sample:
             watch = bench.stopwatch()
-            with watch():
+            with watch:
                 for _ in range(repeats):
                     call()
             return Sample(watch.seconds / repeats)

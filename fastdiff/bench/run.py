@@ -40,24 +40,27 @@ def run(pipe: Any, suite: Suite, seed: int, say: Say) -> dict[str, Any]:
 
     A piece that cannot run (a sampler without a table, a schedule that diffusers refuses) is listed with its reason.
     """
-    torch.set_num_threads(suite.threads)
     bench = Workbench(pipe)
     sections = ("setup", "counts", "fates", "errors", "memory", "rows", "images", "unsupported")
     results: dict[str, list[Entry]] = {section: [] for section in sections}
+    piece_s: dict[str, float] = {}
     started = time.perf_counter()
     for piece in pieces(bench, suite, seed):
         say(piece.title)
+        torch.set_num_threads(suite.threads)
+        piece_started = time.perf_counter()
         try:
             results[piece.section] += piece.measure()
         except Exception as error:  # whatever a sampler raises is the reason
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             results["unsupported"].append({"what": piece.title, "reason": reason})
+        piece_s[piece.title] = time.perf_counter() - piece_started
     return {
         **results,
         **{name: [asdict(one) for one in getattr(suite, name)] for name in ("attribution", "no_gain", "target")},
         "latent_shape": list(bench.family.latent_shape),
         "compile_s": dict(bench.compile_s),
-        "seconds": {"compile": sum(bench.compile_s.values()), "all": time.perf_counter() - started},
+        "seconds": {"compile": sum(bench.compile_s.values()), "all": time.perf_counter() - started, "pieces": piece_s},
     }
 
 
@@ -100,6 +103,7 @@ def _memory(row_bench: rows.RowBench, case: MemoryCase) -> Iterator[Entry]:
 
 
 def _rows(row_bench: rows.RowBench, case: RowCase, suite: Suite, seed: int) -> Iterator[Entry]:
+    torch.set_num_threads(case.threads)  # before anything is compiled: the kernels are made for so many
     made = {"diffusers": row_bench.diffusers_rows(case)}
     shape = "x".join(map(str, case.latent_shape))
     for mode in case.modes:
@@ -111,7 +115,7 @@ def _rows(row_bench: rows.RowBench, case: RowCase, suite: Suite, seed: int) -> I
     errors = {name: ((last - reference).abs().max() / reference.abs().max()).item() for name, last in lasts.items()}
     valid = {name: block for name, (block, _) in made.items() if errors[name] <= ROW_TOLERANCE}
     pairs = [("diffusers", name) for name in made if name != "diffusers" and name in valid]
-    measured = interleave(valid, pairs, _rule(suite, suite.row_max_s), seed)
+    measured = interleave(valid, pairs, _rule(suite, case.max_s or suite.row_max_s), seed)
     yield {
         **asdict(case),
         "arms": {name: _arm(measured.get(name, []), errors[name], ROW_TOLERANCE) for name in made},

@@ -48,6 +48,8 @@ class RowCase:
     batch: int = 8
     steps: int = 20
     between: bool = False  # each timed row follows a real model call
+    max_s: float | None = None  # of sampling; the suite's row_max_s if None
+    threads: int = 1  # a small row is too little work to share: two threads would wait for each other
     modes: tuple[Mode, ...] = MODES
 
 
