@@ -11,23 +11,20 @@ import copy
 import inspect
 import math
 import operator
-import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdiff.errors import NotLinear, NumericalError
+from fastdiff.intercept import Interception, where
 from fastdiff.table import Draw, StepTable, TableCache, prune
-
-aten = torch.ops.aten
 
 PROOF_TOLERANCE = 1e-9
 PROOF_SHAPE = (2, 5, 3, 4)  # [B, C, H, W], all different
@@ -271,168 +268,6 @@ def _latent_or_inside(value: Any, shape: torch.Size, path: str, put: Callable[[T
         yield from _latents(value, shape, path)
 
 
-# What a scheduler may do to a latent and stay linear; anything else is remembered as the first suspect.
-_LINEAR = {
-    aten.add, aten.sub, aten.rsub, aten.neg, aten.clone, aten.detach, aten.alias, aten.lift_fresh, aten._to_copy,
-    aten.view, aten._unsafe_view, aten._reshape_alias, aten.unsqueeze, aten.squeeze, aten.expand, aten.permute,
-    aten.transpose, aten.t, aten.stack, aten.cat, aten.split, aten.unbind,
-    aten.zeros_like, aten.empty_like, aten.copy_, aten.add_, aten.sub_, aten.zero_, aten.repeat, aten.new_zeros,
-    aten.new_empty, aten.split_with_sizes, aten.chunk, aten.positive,
-}  # fmt: skip
-_BILINEAR = {aten.mul, aten.mul_, aten.bmm, aten.mm, aten.matmul, aten.einsum, aten.lerp, aten.addcmul, aten.where}
-_QUOTIENT = {aten.div, aten.div_}
-_NARROWING = {aten.select, aten.slice, aten.sum}  # linear while what is left is a latent
-_NORMAL = {aten.randn, aten.randn_like, aten.normal, aten.normal_, aten.normal_functional}
-_OTHER_NOISE = {
-    aten.rand, aten.rand_like, aten.uniform, aten.uniform_, aten.bernoulli, aten.bernoulli_, aten.multinomial,
-    aten.randint, aten.randint_like, aten.randperm, aten.exponential_, aten.geometric_, aten.cauchy_,
-    aten.log_normal_, aten.random_, aten.poisson,
-}  # fmt: skip
-_CLAMP = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.clamp_, aten.clamp_min_, aten.clamp_max_, aten.clip}
-
-
-class _Interception(TorchDispatchMode):
-    """Answers the noise draws and clamps of one `step()`, keeps latents in float64, notes the first non-linear op.
-
-    Per thread by construction; nothing of torch or diffusers is patched.
-    """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        draw: Callable[[torch.Size, torch.dtype], Tensor],
-        clamp: Callable[[Tensor, float, float], Tensor],
-        refuse: Callable[[str], NotLinear],
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.ndim, self.last, self.numel = len(shape), shape[-1], shape.numel()
-        self.draw, self.clamp, self.refuse = draw, clamp, refuse
-        self.suspect: str | None = None
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # dynamo never sees a probe, and its guard would cost half of one
-
-    def is_latent(self, value: Any) -> bool:
-        return (
-            isinstance(value, Tensor)
-            and value.dtype == torch.float64
-            and (
-                (value.ndim >= self.ndim and value.shape[-1] == self.last)
-                or (value.ndim > 1 and value.numel() == self.numel)  # reshaped, as thresholding does
-            )
-        )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = _ANSWERS.get(id(func), _UNKNOWN)  # by id: hashing an overload is a Python call, 17,000 a UniPC table
-        if answer is _UNKNOWN:
-            answer = _ANSWERS[id(func)] = _answer(func)
-        if answer is not None:
-            answered = answer(self, func, args, kwargs or {})
-            if answered is not None:
-                return answered
-        return func(*args, **kwargs) if kwargs else func(*args)
-
-    def other_noise(self, func: Any, args: Any, kwargs: Any) -> None:
-        name = func.overloadpacket.__name__
-        raise self.refuse(f"it draws {name} noise, and only normal noise can be drawn ahead{_where()}")
-
-    def normal(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        op, tensors = func.overloadpacket, [value for value in args if isinstance(value, Tensor)]
-        if tensors:
-            size, default = tensors[0].shape, tensors[0].dtype
-        else:
-            size = torch.Size(args[2] if op is aten.normal else args[0])
-            default = torch.get_default_dtype()
-        drawn: Tensor = self.draw(size, kwargs.get("dtype") or default)
-        if op is aten.randn or op is aten.randn_like:
-            return drawn
-        mean, std = (*args[op is not aten.normal :], *(0.0, 1.0))[:2]
-        drawn = drawn * std + mean
-        return _into(args[0], drawn) if op is aten.normal_ else drawn
-
-    def down_cast(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        dtype = kwargs.get("dtype")
-        if dtype is not None and dtype.is_floating_point and self.is_latent(args[0]):
-            return torch.clone(args[0])
-        return None
-
-    def clamped(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        if not self.is_latent(args[0]):
-            return None
-        name = func.overloadpacket.__name__
-        sides = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(name.rstrip("_"), ("min", "max"))
-        bounds = dict(zip(sides, args[1:], strict=False)) | kwargs
-        lo, hi = (bounds.get(side) for side in ("min", "max"))
-        if any(isinstance(bound, Tensor) and bound.ndim for bound in (lo, hi)):
-            raise self.refuse(f"it clamps latents by bounds that may depend on them{_where()}")
-        phi = self.clamp(args[0], -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi))
-        return _into(args[0], phi) if name.endswith("_") else phi
-
-    def bilinear(self, func: Any, args: Any, kwargs: Any) -> None:
-        if self._count(args) > 1:
-            self.unknown(func, args, kwargs)
-
-    def quotient(self, func: Any, args: Any, kwargs: Any) -> None:
-        if self.is_latent(args[1]):
-            self.unknown(func, args, kwargs)
-
-    def narrowing(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        narrowed: Tensor = func(*args, **kwargs)
-        if self.is_latent(args[0]) and not self.is_latent(narrowed):
-            self.unknown(func, args, kwargs)
-        return narrowed
-
-    def unknown(self, func: Any, args: Any, kwargs: Any) -> None:
-        if self.suspect is None and self._count((args, *kwargs.values())):
-            self.suspect = f"{func.overloadpacket.__name__} on a latent{_where()}"
-
-    def _count(self, values: Any) -> int:
-        return sum(
-            self._count(value) if isinstance(value, (list, tuple)) else self.is_latent(value) for value in values
-        )
-
-
-def _into(target: Tensor, value: Tensor) -> Tensor:
-    return target.copy_(value)
-
-
-_Answer = Callable[[_Interception, Any, Any, Any], Tensor | None]
-
-
-def _answer(func: Any) -> _Answer | None:
-    """Which method answers an overload; None for those that are linear whatever they are given."""
-    op = func.overloadpacket
-    if op is aten._to_copy:
-        return _Interception.down_cast
-    if op in _LINEAR:
-        return None
-    methods: list[tuple[set[Any], _Answer]] = [
-        (_OTHER_NOISE, _Interception.other_noise),
-        (_NORMAL, _Interception.normal),
-        (_CLAMP, _Interception.clamped),
-        (_BILINEAR, _Interception.bilinear),
-        (_QUOTIENT, _Interception.quotient),
-        (_NARROWING, _Interception.narrowing),
-    ]
-    return next((method for ops, method in methods if op in ops), _Interception.unknown)
-
-
-_UNKNOWN: Any = object()
-_ANSWERS: dict[int, _Answer | None] = {}  # overloads live as long as torch does, so their ids do not come back
-
-
-def _where() -> str:
-    """The innermost frame outside torch and this file, as ` (function, file:line)`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if filename != __file__ and "/torch/" not in filename:
-            return f" ({frame.f_code.co_name}, {filename.rsplit('/', 1)[-1]}:{frame.f_lineno})"
-        frame = frame.f_back
-    return ""
-
-
 @dataclass
 class _Trace:
     """What one `step()` did on a basis: [latents at the row's start..., model output, then draws and phi]."""
@@ -603,7 +438,7 @@ class _Prober:
         for latent in held:
             latent.put(self._basis())
         model_output = self._basis()
-        with _Interception(self.shape, self._no_draw, self._no_clamp, self.stepper.refuse):
+        with Interception(self.shape, self._no_draw, self._no_clamp, self.stepper.refuse):
             scaled = self._read(self.stepper.scale(sample, timestep))
         if np.isfinite(scaled).all() and scaled[1:].any():
             raise self.stepper.refuse("scale_model_input is no scaling of the sample")
@@ -648,7 +483,7 @@ class _Prober:
             r = self._read(value)
             if trace.phi is not None or (np.isfinite(r).all() and r[given:].any()):
                 what = "clamps twice in a row" if trace.phi is not None else "clamps a noisy latent"
-                raise self.stepper.refuse(f"it {what}{_where()}")
+                raise self.stepper.refuse(f"it {what}{where()}")
             trace.phi, trace.r, trace.lo, trace.hi = self._next, r, lo, hi
             return self._basis()
 
@@ -663,7 +498,7 @@ class _Prober:
 
             scheduler.convert_model_output = watched  # on this copy alone
         try:
-            with _Interception(self.shape, draw, clamp, self.stepper.refuse) as interception:
+            with Interception(self.shape, draw, clamp, self.stepper.refuse) as interception:
                 following, x0 = self.stepper.step(sample, timestep, model_output, scheduler)
         finally:
             if convert is not None:
@@ -823,7 +658,7 @@ def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str |
     for row, timestep in enumerate(stepper.timesteps[: len(table)]):
         model_output = normal() * scales
         noise.clear()
-        with _Interception(sample.shape, draw, torch.clamp, stepper.refuse):
+        with Interception(sample.shape, draw, torch.clamp, stepper.refuse):
             scaled = stepper.scale(sample, timestep)
             following, x0 = stepper.step(sample, timestep, model_output)
         if len(noise) != len(table.draws[row]) or following.shape != sample.shape:
@@ -919,7 +754,7 @@ def _noise_level(scheduler: Any, schedule: _Schedule, timestep: Tensor) -> tuple
     if hasattr(own, "_begin_index"):
         own._begin_index = None  # else add_noise takes the begin index for the timestep's
     clean, eps = torch.eye(2, dtype=torch.float64)[:, None, None, None].unbind(0)
-    with _Interception(clean.shape, lambda size, dtype: torch.zeros(size), torch.clamp, stepper.refuse):
+    with Interception(clean.shape, lambda size, dtype: torch.zeros(size), torch.clamp, stepper.refuse):
         if hasattr(own, "add_noise"):
             noisy = own.add_noise(clean, eps, timestep.reshape(1))
         elif hasattr(own, "scale_noise"):

@@ -14,8 +14,8 @@ import fastdiff
 
 PACKAGE = Path(fastdiff.__file__).parent
 ORDER = [
-    "errors", "table", "probe", "request", "plan", "denoiser", "families", "noise", "state", "ownership", "slots",
-    "step", "capture", "stages", "runtime", "models", "bench",
+    "errors", "table", "intercept", "probe", "request", "plan", "denoiser", "families", "noise", "state",
+    "ownership", "slots", "step", "capture", "stages", "runtime", "models", "bench",
 ]  # fmt: skip
 CONSTRUCTOR = ("table", "probe")  # StepTable.renoise lives beside the prober, and says so
 

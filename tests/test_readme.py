@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import diffusers
 import pytest
 
 import fastdiff
+from fastdiff.bench.report import attribution_table, markdown_table
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -47,6 +50,15 @@ def test_the_host_loop_serves_everything(runtime: fastdiff.Runtime) -> None:
         (result,) = runtime.generate([request])
         assert result.image is not None
         assert (result.image - namespace["images"][seed]).abs().max() <= 1e-4
+
+
+def test_the_opening_figures_are_those_of_the_committed_run_that_it_names() -> None:
+    quoted = re.search(r"<!-- attribution: (\S+) -->\n(.*?)\n<!-- /attribution -->", README, re.DOTALL)
+    assert quoted is not None
+    report = json.loads((ROOT / quoted[1] / "report.json").read_text())
+    assert quoted[2].strip() == markdown_table(attribution_table(report)).strip()
+    assert report["model"]["toy"]
+    assert "toy model" in README[: quoted.start()]
 
 
 def test_the_printed_table_is_what_tabulate_gives() -> None:
