@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,8 @@ class Workbench:
         self.family: Family = family_of(pipe)
         self.device = self.family.device
         self.compile_s: dict[str, float] = {}
+        # A server's threads live on: a new one would first start torch's own workers, at four times a request's cost.
+        self.callers = ThreadPoolExecutor(2)
         self._templates: dict[str, Any] = {}
         self._compiled: dict[int, Denoiser] = {}
         self._runtimes: dict[tuple[Mode, int], Runtime] = {}
@@ -270,20 +273,14 @@ def together(
 
 
 def locked(bench: Workbench, requests: Sequence[Request], watch: Stopwatch) -> list[Tensor]:
-    """One thread per caller, one scheduler, a lock around the whole request."""
+    """Concurrent callers, one scheduler, a lock around the whole request."""
     lock = threading.Lock()
-    images: dict[int, Tensor] = {}
 
-    def caller(index: int, request: Request) -> None:
+    def caller(request: Request) -> Tensor:
         with lock, torch.no_grad():
-            images[index] = finish(alone(bench.family, request, partial(shared, request.scheduler), watch))
+            return finish(alone(bench.family, request, partial(shared, request.scheduler), watch))
 
-    threads = [threading.Thread(target=caller, args=one) for one in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [images[index] for index in range(len(requests))]
+    return list(bench.callers.map(caller, requests))
 
 
 def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
