@@ -7,7 +7,6 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -36,8 +35,6 @@ class Workbench:
         self.family: Family = family_of(pipe)
         self.device = self.family.device
         self.compile_s: dict[str, float] = {}
-        # A server's threads live on: a new one would first start torch's own workers, at four times a request's cost.
-        self.callers = ThreadPoolExecutor(2)
         self._templates: dict[str, Any] = {}
         self._compiled: dict[int, Denoiser] = {}
         self._runtimes: dict[tuple[Mode, int], Runtime] = {}
@@ -273,14 +270,17 @@ def together(
 
 
 def locked(bench: Workbench, requests: Sequence[Request], watch: Stopwatch) -> list[Tensor]:
-    """Concurrent callers, one scheduler, a lock around the whole request."""
+    """Concurrent callers, one scheduler, a lock around the whole request: they are served in order of arrival.
+
+    One thread does it: which of them waits makes no difference to what is computed, and each further thread would
+    bring workers of its own, with which OpenMP slows down every other arm of the run.
+    """
     lock = threading.Lock()
-
-    def caller(request: Request) -> Tensor:
-        with lock, torch.no_grad():
-            return finish(alone(bench.family, request, partial(shared, request.scheduler), watch))
-
-    return list(bench.callers.map(caller, requests))
+    images = []
+    for request in requests:
+        with lock:
+            images.append(finish(alone(bench.family, request, partial(shared, request.scheduler), watch)))
+    return images
 
 
 def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
