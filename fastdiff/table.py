@@ -73,12 +73,12 @@ class StepTable:
         """Rows, that is model evaluations (Heun with 12 steps has 23)."""
         return len(self.draws)
 
-    @cached_property
+    @property
     def memory(self) -> int:
         """K: latents that a request carries from row to row, the sample counted. Euler 1, DPM++ 2M 2."""
         return self.A.shape[1]
 
-    @cached_property
+    @property
     def max_draws(self) -> int:
         """Z: the most noise draws that any row makes."""
         return self.C.shape[2]
