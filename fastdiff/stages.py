@@ -10,7 +10,7 @@ import torch
 
 from fastdiff.families import Family
 from fastdiff.noise import normal, row_noise, seeded
-from fastdiff.probe import REFUSED, tabulate
+from fastdiff.probe import REFUSED, not_linear, tabulate
 from fastdiff.request import Request
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
@@ -101,18 +101,22 @@ _named: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 
 
 def scheduler_class(name: str) -> Any:
-    """The diffusers class by its name, with or without `Scheduler` and `Discrete`; ValueError lists the names."""
+    """The diffusers class by its name, with or without `Scheduler` and `Discrete`.
+
+    Raises ValueError with all names for an unknown one, NotLinear for one that has no table.
+    """
     import diffusers
 
-    classes = {
-        _short(key): key
-        for key in dir(diffusers)
-        if key.endswith("Scheduler") and hasattr(getattr(diffusers, key), "set_timesteps")
-    }
-    if _short(name) not in classes:
-        usable = sorted(short for short, key in classes.items() if key not in REFUSED)
-        raise ValueError(f"scheduler: expected one of {', '.join(usable)}; got {name!r}")
-    return getattr(diffusers, classes[_short(name)])
+    refused = {_short(key): key for key in REFUSED}
+    if _short(name) in refused:  # first: diffusers may hold but a stand-in for it that raises for want of torchsde
+        why, instead = REFUSED[refused[_short(name)]]
+        raise not_linear(refused[_short(name)], why, instead)
+    classes = {_short(key): getattr(diffusers, key) for key in dir(diffusers) if key.endswith("Scheduler")}
+    usable = {short: cls for short, cls in classes.items() if issubclass(cls, diffusers.SchedulerMixin)}
+    usable = {short: cls for short, cls in usable.items() if cls.__name__ not in REFUSED}
+    if _short(name) not in usable:
+        raise ValueError(f"scheduler: expected one of {', '.join(sorted(usable))}; got {name!r}")
+    return usable[_short(name)]
 
 
 def _short(name: str) -> str:

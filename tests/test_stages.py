@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -95,6 +97,19 @@ def test_a_scheduler_name_needs_neither_suffix(name: str) -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*DDIM, .*Euler, .*UniPCMultistep.*; got 'Eular'"):
         stages.scheduler_class("Eular")
+
+
+def test_names_are_found_where_an_optional_package_of_diffusers_is_missing() -> None:
+    """diffusers puts stand-ins in place of what needs torchsde, and they raise at the first look."""
+    code = (
+        "import sys; sys.modules['torchsde'] = None\n"
+        "from fastdiff.stages import scheduler_class\n"
+        "print(scheduler_class('Euler').__name__)\n"
+        "try: scheduler_class('DPMSolverSDE')\n"
+        "except Exception as error: print(type(error).__name__)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.split() == ["EulerDiscreteScheduler", "NotLinear"]
 
 
 def test_a_known_name_without_a_table_says_why(family: Family) -> None:

@@ -17,7 +17,7 @@ SCHEMA = "fastdiff.bench/1"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; its exit code."""
+    """The command line; its exit code: 0, 2 for arguments that make no sense, 4 where a case could not be measured."""
     options = _parser().parse_args(arguments)
     if find_spec("rich") is None:
         _refuse("rich is missing: pip install 'fastdiff-runtime[bench]'")
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print_tables(report)
     sys.stderr.write("".join(f"wrote {folder / 'report.md'}\n" for folder in folders))
-    return 0
+    for failed in report["unsupported"]:
+        sys.stderr.write(f"not measured: {failed['what']}: {failed['reason']}\n")
+    return 4 if report["unsupported"] else 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,11 +170,12 @@ def _device(text: str) -> str:
 
 
 def _scheduler(text: str) -> str:
+    from fastdiff.errors import NotLinear
     from fastdiff.stages import scheduler_class
 
     try:
         scheduler_class(text)
-    except ValueError as error:
+    except (NotLinear, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
 

@@ -52,7 +52,7 @@ def run(pipe: Any, suite: Suite, seed: int, say: Say) -> dict[str, Any]:
         try:
             results[piece.section] += piece.measure()
         except Exception as error:  # whatever a sampler raises is the reason
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
             results["unsupported"].append({"what": piece.title, "reason": reason})
         piece_s[piece.title] = time.perf_counter() - piece_started
     return {
