@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdiff.errors import NotLinear, NumericalError
+from fastdiff.fingerprint import fingerprint, freeze
 from fastdiff.intercept import Interception, where
 from fastdiff.table import Draw, StepTable, TableCache, prune
 
@@ -69,7 +70,6 @@ PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
 
 _OPTIONAL = ("num_inference_steps", "timesteps", "sigmas", "mu")
 _RESERVED = ("generator", "return_dict", "model_output", "timestep", "sample", "variance_noise", "device")
-_SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index"})
 
 table_cache = TableCache()
 """Tables by scheduler and arguments; `fastdiff.table_cache.info()` counts."""
@@ -100,7 +100,7 @@ def tabulate(
     def build() -> StepTable:
         return prune(probe(scheduler, _Schedule.of(scheduler, begin_index, named)))
 
-    return table_cache.get((_fingerprint(scheduler), _freeze(begin_index), _freeze(named)), build)
+    return table_cache.get((fingerprint(scheduler), freeze(begin_index), freeze(named)), build)
 
 
 def not_linear(subject: str, why: str, instead: str) -> NotLinear:
@@ -158,50 +158,6 @@ def _named_parameters(cls: type) -> tuple[frozenset[str], frozenset[str]]:
             for method in (cls.set_timesteps, cls.step)  # type: ignore[attr-defined]  # checked by _Schedule.of
         )
     return _parameters[cls]
-
-
-class _Content(NamedTuple):
-    """An array in a cache key: compared in full, hashed by its size alone, which is twenty times cheaper."""
-
-    kind: Hashable
-    content: bytes
-
-    def __hash__(self) -> int:
-        return len(self.content)
-
-
-_SCALARS = frozenset({int, float, bool, str, type(None)})
-
-
-def _freeze(value: Any) -> Hashable:
-    """A hashable stand-in that is equal exactly when the contents are."""
-    kind = type(value)
-    if kind in _SCALARS:
-        return kind, value  # 1, 1.0 and True are different arguments
-    if isinstance(value, Tensor):
-        return _Content((value.dtype, value.shape), value.numpy(force=True).tobytes())
-    if isinstance(value, np.ndarray):
-        return _Content((value.dtype, value.shape), value.tobytes())
-    if isinstance(value, dict):
-        return tuple([(key, _freeze(item)) for key, item in value.items()])
-    if isinstance(value, (list, tuple)):
-        return kind, *map(_freeze, value)
-    return (kind, value) if isinstance(value, Hashable) else repr(value)
-
-
-def _fingerprint(scheduler: Any) -> Hashable:
-    """What a scheduler's rows depend on: class, config items, scalars and the tables edited after construction.
-
-    What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
-    """
-    attributes = [
-        (key, _freeze(value))
-        for key, value in vars(scheduler).items()
-        if key not in _SET_BY_SET_TIMESTEPS
-        and (type(value) in _SCALARS or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2))
-    ]
-    config = [(key, _freeze(value)) for key, value in scheduler.config.items() if key[0] != "_"]
-    return type(scheduler), tuple(config), tuple(attributes)
 
 
 def pristine(scheduler: Any) -> Any:
@@ -696,7 +652,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     times = [float(t) for t in timesteps]
     if not times or any(later >= earlier for earlier, later in pairwise(times)):
         raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
-    key = (_fingerprint(scheduler), "renoise", tuple(times))
+    key = (fingerprint(scheduler), "renoise", tuple(times))
     return table_cache.get(key, lambda: _renoise(scheduler, times))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.plan import CapturePlan
 from fastdiff.state import RequestState
-from fastdiff.table import GUIDANCE, RowLayout, StepTable, pack
+from fastdiff.table import GUIDANCE, RowLayout, pack
 
 
 class Row(NamedTuple):
@@ -143,7 +142,7 @@ class Slots:
         table, latents = state.prepared
         self.plan.check(table)
         place, memory = self._places[slot], table.memory
-        packed = _with_parking_row(table, place.layout)
+        packed = pack(table, place.layout)
         place.table[: len(packed)].copy_(packed, non_blocking=True)
         if state.guidance_scale != 1.0:
             place.table[: len(packed), GUIDANCE].fill_(state.guidance_scale)
@@ -172,10 +171,3 @@ class Slots:
     def park(self, slot: int) -> None:
         """Stop the slot where it is: steps pass it by until the next load."""
         self._places[slot].end.fill_(0)
-
-
-@lru_cache(maxsize=256)
-def _with_parking_row(table: StepTable, layout: RowLayout) -> Tensor:
-    """The packed rows and once more the last: what a spent slot gathers, so that the model sees a valid timestep."""
-    packed = pack(table, layout)
-    return torch.cat([packed, packed[-1:]])

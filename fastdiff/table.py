@@ -314,9 +314,10 @@ GUIDANCE = 2  # the column of a packed row that belongs to the request and not t
 
 @lru_cache(maxsize=256)
 def pack(table: StepTable, layout: RowLayout) -> Tensor:
-    """The rows as slots hold them: float32 [R, F], in the order t, c_in, guidance (1), lo, hi, r, [A | b | d | C].
+    """The rows as slots hold them: float32 [R + 1, F], in the order t, c_in, guidance (1), lo, hi, r, [A | b | d | C].
 
-    The table's K and Z may be smaller than the layout's; the rest is zero. Cached: callers must not write to it.
+    The last row stands there twice: a spent slot gathers it, so that the model sees a valid timestep. The table's K and
+    Z may be smaller than the layout's; the rest is zero. Cached: callers must not write to it.
     """
     if table.memory > layout.memory or table.max_draws > layout.draws:
         raise ValueError(f"{table!r} does not fit a layout of {layout.memory} latents and {layout.draws} draws")
@@ -332,7 +333,7 @@ def pack(table: StepTable, layout: RowLayout) -> Tensor:
     weights[:, :K, layout.memory] = table.b
     weights[:, :K, layout.memory + 1] = table.d
     weights[:, :K, layout.memory + 2 : layout.memory + 2 + Z] = table.C
-    return packed.float()
+    return torch.cat([packed, packed[-1:]]).float()
 
 
 class CacheInfo(NamedTuple):

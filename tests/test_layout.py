@@ -14,7 +14,7 @@ import fastdiff
 
 PACKAGE = Path(fastdiff.__file__).parent
 ORDER = [
-    "errors", "table", "intercept", "probe", "request", "plan", "denoiser", "families", "noise", "state",
+    "errors", "table", "fingerprint", "intercept", "probe", "request", "plan", "denoiser", "families", "noise", "state",
     "ownership", "slots", "step", "capture", "stages", "runtime", "models", "bench",
 ]  # fmt: skip
 CONSTRUCTOR = ("table", "probe")  # StepTable.renoise lives beside the prober, and says so

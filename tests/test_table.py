@@ -162,8 +162,10 @@ def test_a_table_survives_its_file(tmp_path_factory: pytest.TempPathFactory, tab
 def test_packed_rows_hold_the_same_coefficients(table: StepTable, more_memory: int, more_draws: int) -> None:
     layout = RowLayout(table.memory + more_memory, table.max_draws + more_draws)
     packed = pack(table, layout)
-    assert packed.shape == (len(table), layout.width)
+    assert packed.shape == (len(table) + 1, layout.width)
     assert packed.dtype == torch.float32
+    assert torch.equal(packed[-1], packed[-2])  # what a spent slot gathers
+    packed = packed[:-1]
     K, Z = table.memory, table.max_draws
     for row in range(len(table)):
         t, c_in, guidance, lo, hi = packed[row, : layout.scalars]

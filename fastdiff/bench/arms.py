@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
@@ -236,6 +235,17 @@ def round_robin(running: Sequence[Generator[None, None, Tensor]]) -> list[Tensor
     return [outcomes[index] for index in range(len(running))]
 
 
+def served_in_turn(
+    bench: Workbench, owner: Callable[[Any], Any], requests: Sequence[Request], watch: Stopwatch
+) -> list[Tensor]:
+    """One request after another: a sequential host, and concurrent callers that queue for one locked scheduler.
+
+    One thread does it: which caller waits makes no difference to what is computed, and each further thread would bring
+    workers of its own, with which OpenMP slows down every other arm of the run.
+    """
+    return [finish(alone(bench.family, request, partial(owner, request.scheduler), watch)) for request in requests]
+
+
 def together(
     family: Family,
     denoiser: Denoiser,
@@ -267,20 +277,6 @@ def together(
                 if run.unfinished:
                     run.advance(output)
     return [family.decode(run.sample[0]) for run in runs]
-
-
-def locked(bench: Workbench, requests: Sequence[Request], watch: Stopwatch) -> list[Tensor]:
-    """Concurrent callers, one scheduler, a lock around the whole request: they are served in order of arrival.
-
-    One thread does it: which of them waits makes no difference to what is computed, and each further thread would
-    bring workers of its own, with which OpenMP slows down every other arm of the run.
-    """
-    lock = threading.Lock()
-    images = []
-    for request in requests:
-        with lock:
-            images.append(finish(alone(bench.family, request, partial(shared, request.scheduler), watch)))
-    return images
 
 
 def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
@@ -323,8 +319,6 @@ def images_of(
     name, mode = split(arm)
     if name == "pipeline":
         return pipeline(bench, requests)
-    if name == "shared-locked":
-        return locked(bench, requests, watch)
     if name == "tensorized":
         if sequential:
             runtime = bench.runtime(mode, 1)
@@ -332,7 +326,7 @@ def images_of(
         return tensorized(bench.runtime(mode, len(requests)), requests, watch)
     owner = OWNERS[name]
     if sequential or owner is shared:
-        return [finish(alone(bench.family, request, partial(owner, request.scheduler), watch)) for request in requests]
+        return served_in_turn(bench, owner, requests, watch)
     denoiser = bench.denoiser(mode, len(requests))
     return together(bench.family, denoiser, requests, owner, watch, padded=mode == "compiled")
 
@@ -342,9 +336,9 @@ def interleaved(bench: Workbench, arm: str, requests: Sequence[Request]) -> list
     watch = bench.stopwatch()
     if arm == "tensorized":
         return list(tensorized(bench.runtime("eager", len(requests)), requests, watch))
-    if arm == "shared-locked":
-        return list(locked(bench, requests, watch))
     owner = OWNERS[arm]
+    if arm == "shared-locked":
+        return list(served_in_turn(bench, owner, requests, watch))
     return round_robin([alone(bench.family, request, partial(owner, request.scheduler), watch) for request in requests])
 
 

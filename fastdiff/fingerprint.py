@@ -1,0 +1,114 @@
+"""What a scheduler's rows depend on, as a cache key: compared in full, because contents are edited in place."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+_SCALARS = frozenset({int, float, bool, str, type(None)})
+_SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index"})
+
+
+class _Content(NamedTuple):
+    """An array in a cache key: compared in full, hashed by its size alone, which is twenty times cheaper."""
+
+    kind: Hashable
+    content: bytes
+
+    def __hash__(self) -> int:
+        return len(self.content)
+
+
+def freeze(value: Any) -> Hashable:
+    """A hashable stand-in that is equal exactly when the contents are."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return kind, value  # 1, 1.0 and True are different arguments
+    if isinstance(value, Tensor):
+        return _Content((value.dtype, value.shape), value.numpy(force=True).tobytes())
+    if isinstance(value, np.ndarray):
+        return _Content((value.dtype, value.shape), value.tobytes())
+    if isinstance(value, dict):
+        return tuple([(key, freeze(item)) for key, item in value.items()])
+    if isinstance(value, (list, tuple)):
+        return kind, *map(freeze, value)
+    return (kind, value) if isinstance(value, Hashable) else repr(value)
+
+
+def fingerprint(scheduler: Any) -> Hashable:
+    """Class, config items, scalars and the tables edited after construction.
+
+    What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
+    """
+    seen = _seen.get(scheduler)
+    if seen is None or not seen.unchanged(scheduler):
+        seen = _seen[scheduler] = _Seen(scheduler)
+    return seen.key
+
+
+class _Watched(NamedTuple):
+    """A tensor and, through numpy, its live memory: reading it costs a fifth of freezing the tensor anew."""
+
+    tensor: Tensor
+    memory: Any  # np.ndarray, an alias
+    pointer: int
+    frozen: _Content
+
+    @property
+    def unchanged(self) -> bool:
+        kind, content = self.frozen
+        return (
+            self.tensor.data_ptr() == self.pointer  # `set_` and `.data =` move it
+            and (self.tensor.dtype, self.tensor.shape) == kind
+            and self.memory.tobytes() == content
+        )
+
+
+class _Seen:
+    """A scheduler as it was when its key was taken."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._config = scheduler.config
+        config = {key: (value, freeze(value)) for key, value in self._config.items() if key[0] != "_"}
+        self._attributes = _attributes(scheduler)
+        attributes = {key: freeze(value) for key, value in self._attributes.items()}
+        self.key: Hashable = (
+            type(scheduler),
+            tuple((key, frozen) for key, (_, frozen) in config.items()),
+            tuple(attributes.items()),
+        )
+        # Everything that can change while it stays the same object. A config's own items cannot: it is a FrozenDict.
+        self._mutable = [(value, frozen) for value, frozen in config.values() if type(value) not in _SCALARS]
+        self._watched: list[_Watched] = []
+        for key, value in self._attributes.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                self._watched.append(_Watched(value, value.detach().numpy(), value.data_ptr(), attributes[key]))
+            elif type(value) not in _SCALARS:
+                self._mutable.append((value, attributes[key]))
+
+    def unchanged(self, scheduler: Any) -> bool:
+        attributes = _attributes(scheduler)
+        return (
+            scheduler.config is self._config
+            and attributes.keys() == self._attributes.keys()
+            and all(map(operator.is_, attributes.values(), self._attributes.values()))
+            and all([one.unchanged for one in self._watched])
+            and all([freeze(value) == frozen for value, frozen in self._mutable])
+        )
+
+
+def _attributes(scheduler: Any) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(scheduler).items()
+        if key not in _SET_BY_SET_TIMESTEPS
+        and (type(value) in _SCALARS or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2))
+    }
+
+
+_seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()

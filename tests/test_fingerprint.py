@@ -1,0 +1,115 @@
+"""Every way of changing a scheduler changes its fingerprint, and only a change does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.fingerprint import fingerprint, freeze
+
+
+def scheduler() -> Any:
+    return diffusers.UniPCMultistepScheduler(disable_corrector=[1])
+
+
+def _in_place(scheduler: Any) -> None:
+    scheduler.alphas_cumprod[3] += 0.001
+
+
+def _through_data(scheduler: Any) -> None:
+    scheduler.sigma_t.data[3] += 0.001
+
+
+def _through_numpy(scheduler: Any) -> None:
+    scheduler.lambda_t.numpy()[3] += 0.001
+
+
+def _other_memory(scheduler: Any) -> None:
+    scheduler.betas.data = scheduler.betas + 0.001
+
+
+def _fewer(scheduler: Any) -> None:
+    scheduler.betas.resize_(500)
+
+
+def _replaced(scheduler: Any) -> None:
+    scheduler.alpha_t = scheduler.alpha_t + 0.001
+
+
+def _scalar(scheduler: Any) -> None:
+    scheduler.init_noise_sigma = 2.0
+
+
+def _new_attribute(scheduler: Any) -> None:
+    scheduler._shift = 3.0
+
+
+def _deleted(scheduler: Any) -> None:
+    del scheduler.predict_x0
+
+
+def _registered(scheduler: Any) -> None:
+    scheduler.register_to_config(solver_order=3)
+
+
+def _list_in_config(scheduler: Any) -> None:
+    scheduler.config["disable_corrector"].append(2)
+
+
+CHANGES = (
+    _in_place, _through_data, _through_numpy, _other_memory, _fewer, _replaced, _scalar, _new_attribute, _deleted,
+    _registered, _list_in_config,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_however_it_was_made(change: Callable[[Any], None]) -> None:
+    one = scheduler()
+    before = fingerprint(one)
+    assert fingerprint(one) is before
+    change(one)
+    after = fingerprint(one)
+    assert after != before
+    assert fingerprint(one) is after
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_same_change_gives_the_same_fingerprint(change: Callable[[Any], None]) -> None:
+    one, other = scheduler(), scheduler()
+    fingerprint(one)
+    for each in (one, other):
+        change(each)
+    assert fingerprint(one) == fingerprint(other)
+    assert hash(fingerprint(one)) == hash(fingerprint(other))
+    assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
+
+
+def test_a_prepared_template_is_no_other_scheduler() -> None:
+    one = scheduler()
+    before = fingerprint(one)
+    one.set_timesteps(4)
+    assert fingerprint(one) is before
+
+
+def test_a_changed_scheduler_gets_another_table() -> None:
+    one = diffusers.DDIMScheduler()
+    table = fastdiff.tabulate(one, 4)
+    alphas = one.alphas_cumprod.numpy()
+    alphas *= 0.9
+    assert fastdiff.tabulate(one, 4) != table
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1, 1.0), (1, True), (np.array([1]), np.array([1.0])), (torch.ones(2), torch.ones(1, 2)), ([1], (1,))],
+)
+def test_values_of_other_types_are_other_values(one: Any, other: Any) -> None:
+    assert freeze(one) != freeze(other)
+    assert freeze(one) == freeze(copy.deepcopy(one))
