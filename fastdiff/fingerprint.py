@@ -59,7 +59,6 @@ class _Watched(NamedTuple):
     pointer: int
     frozen: _Content
 
-    @property
     def unchanged(self) -> bool:
         kind, content = self.frozen
         return (
@@ -97,8 +96,8 @@ class _Seen:
             scheduler.config is self._config
             and attributes.keys() == self._attributes.keys()
             and all(map(operator.is_, attributes.values(), self._attributes.values()))
-            and all([one.unchanged for one in self._watched])
-            and all([freeze(value) == frozen for value, frozen in self._mutable])
+            and all(map(_Watched.unchanged, self._watched))
+            and all(freeze(value) == frozen for value, frozen in self._mutable)
         )
 
 
