@@ -57,15 +57,12 @@ class _Watched(NamedTuple):
     tensor: Tensor
     memory: Any  # np.ndarray, an alias
     pointer: int
-    frozen: _Content
+    frozen: Hashable
 
     def unchanged(self) -> bool:
-        kind, content = self.frozen
-        return (
-            self.tensor.data_ptr() == self.pointer  # `set_` and `.data =` move it
-            and (self.tensor.dtype, self.tensor.shape) == kind
-            and self.memory.tobytes() == content
-        )
+        kind = (self.tensor.dtype, self.tensor.shape)
+        moved = self.tensor.data_ptr() != self.pointer  # `set_` and `.data =` move it
+        return not moved and _Content(kind, self.memory.tobytes()) == self.frozen
 
 
 class _Seen:
