@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ class _Seen:
     def __init__(self, scheduler: Any) -> None:
         self._config = scheduler.config
         config = {key: (value, freeze(value)) for key, value in self._config.items() if key[0] != "_"}
-        self._attributes = _attributes(scheduler)
+        self._attributes = {key: value for key, value in vars(scheduler).items() if _counts(key, value)}
         attributes = {key: freeze(value) for key, value in self._attributes.items()}
         self.key: Hashable = (
             type(scheduler),
@@ -88,23 +87,27 @@ class _Seen:
                 self._mutable.append((value, attributes[key]))
 
     def unchanged(self, scheduler: Any) -> bool:
-        attributes = _attributes(scheduler)
+        before, same = self._attributes, 0
+        for key, value in vars(scheduler).items():
+            if key in before:
+                if before[key] is not value:
+                    return False
+                same += 1
+            elif _counts(key, value):
+                return False
         return (
-            scheduler.config is self._config
-            and attributes.keys() == self._attributes.keys()
-            and all(map(operator.is_, attributes.values(), self._attributes.values()))
+            same == len(before)
+            and scheduler.config is self._config
             and all(map(_Watched.unchanged, self._watched))
             and all(freeze(value) == frozen for value, frozen in self._mutable)
         )
 
 
-def _attributes(scheduler: Any) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in vars(scheduler).items()
-        if key not in _SET_BY_SET_TIMESTEPS
-        and (type(value) in _SCALARS or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2))
-    }
+def _counts(key: str, value: Any) -> bool:
+    """Whether rows depend on this attribute of a scheduler."""
+    return key not in _SET_BY_SET_TIMESTEPS and (
+        type(value) in _SCALARS or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2)
+    )
 
 
 _seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()
