@@ -18,7 +18,7 @@ class Denoiser(Protocol):
         """The guided model output [n, C, H, W].
 
         `sample` [n, C, H, W] in the plan's dtype, already scaled; `timestep` and `guidance` [n] float32;
-        `conditioning`: [n, ...] per name, in the plan's dtype. Must not write to its arguments.
+        `conditioning`: [n, ...] per name, as the plan says. Must not write to its arguments.
         """
         ...
 

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 
 from fastdiff.errors import PlanMismatch
 from fastdiff.table import RowLayout, StepTable
+
+Compile = Literal["none", "default", "max-autotune-no-cudagraphs"]
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one slot's part of a static tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,25 +34,64 @@ class CapturePlan:
     """The capacities of a runtime. `replace` from dataclasses varies it; a request that does not fit is refused."""
 
     latent_shape: tuple[int, ...]  # (C, H, W) of one request
-    dtype: torch.dtype  # of model inputs, conditioning and returned latents
-    conditioning: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # one slot's shape by name
+    dtype: torch.dtype  # of model inputs and returned latents
+    conditioning: Mapping[str, TensorSpec] = field(default_factory=dict)  # one slot's, by name
     batch_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     memory: int = 4  # K: DPM++ 2M 2, Heun 3, UniPC 4, UniPC of order 3 5, PNDM with Runge-Kutta steps 6
     rows: int = 128  # R
     draws: int = 1  # Z: noise draws per row
-    ring_bytes: int = 32 * 2**20  # a slot's noise is drawn ahead for a whole run up to this size, else row by row
+    ring_bytes: int = 32 * 2**20  # a slot's noise is drawn ahead for a whole run up to this size, else call by call
+    compile: Compile = "default"  # how compiled and captured steps are compiled
+    regional: bool = False  # compile the model's repeated blocks and the rest of the step apart, not all as one
+    unroll: int = 1  # rows in one graph of mode loop-graph, which needs two or more
+    graph_bytes: int | None = None  # device bytes for captured graphs; sizes that do not fit are not captured
 
     def __post_init__(self) -> None:
-        for name in ("memory", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CapturePlan.{name}: expected >= 1, got {getattr(self, name)}")
-        if self.draws < 0:
-            raise ValueError(f"CapturePlan.draws: expected >= 0, got {self.draws}")
-        if not self.latent_shape or min(self.latent_shape) < 1:
+        for name, least in (("memory", 1), ("rows", 1), ("unroll", 1), ("draws", 0), ("ring_bytes", 0)):
+            if not _at_least(least, getattr(self, name)):
+                raise ValueError(f"CapturePlan.{name}: expected an integer >= {least}, got {getattr(self, name)!r}")
+        if self.graph_bytes is not None and not _at_least(0, self.graph_bytes):
+            raise ValueError(f"CapturePlan.graph_bytes: expected an integer >= 0 or None, got {self.graph_bytes!r}")
+        if not isinstance(self.regional, bool):
+            raise ValueError(f"CapturePlan.regional: expected True or False, got {self.regional!r}")
+        if not self.latent_shape or not all(_at_least(1, size) for size in self.latent_shape):
             raise ValueError(f"CapturePlan.latent_shape: expected sizes >= 1, got {self.latent_shape}")
-        if not self.batch_sizes or list(self.batch_sizes) != sorted(set(self.batch_sizes)) or self.batch_sizes[0] < 1:
+        sizes = self.batch_sizes
+        if not sizes or not all(_at_least(1, size) for size in sizes) or list(sizes) != sorted(set(sizes)):
             raise ValueError(f"CapturePlan.batch_sizes: expected rising sizes >= 1, got {self.batch_sizes}")
+        if self.compile not in get_args(Compile):
+            raise ValueError(
+                f"CapturePlan.compile: expected one of {', '.join(get_args(Compile))}, got {self.compile!r}"
+            )
         object.__setattr__(self, "conditioning", MappingProxyType(dict(self.conditioning)))
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Self:
+        """The plan of a TOML file, or one that ships by its name ("sd15-512"): see graphs/."""
+        path = shipped().get(str(name_or_path), Path(name_or_path))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"plan: expected a TOML file or one of {', '.join(shipped())}, got {str(name_or_path)!r}"
+            )
+        return cls.parse(tomllib.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> Self:
+        """A plan from a parsed TOML document; an unknown key or dtype is a ValueError that names it."""
+        known = {one.name for one in fields(cls)}
+        for key in document:
+            if key not in known:
+                raise ValueError(f"plan: unknown key {key!r}; expected some of {', '.join(sorted(known))}")
+        for key in ("latent_shape", "dtype"):
+            if key not in document:
+                raise ValueError(f"plan: missing key {key!r}")
+        dtype = _dtype("dtype", document["dtype"])
+        specs = document.get("conditioning", {})
+        if not isinstance(specs, dict):
+            raise ValueError(f"plan: conditioning: expected a table, got {specs!r}")
+        conditioning = {name: _spec(f"conditioning.{name}", spec, dtype) for name, spec in specs.items()}
+        lists = {key: _sizes(key, document[key]) for key in ("latent_shape", "batch_sizes") if key in document}
+        return cls(**{**document, **lists, "dtype": dtype, "conditioning": conditioning})
 
     @property
     def max_batch(self) -> int:
@@ -55,24 +110,21 @@ class CapturePlan:
 
     @property
     def ring_depth(self) -> int:
-        """Rows of noise that a slot holds: a whole run where that is small, else one."""
+        """Rows of noise that a slot holds: a whole run where that is small, else those of one call."""
         whole_run_bytes = self.rows * self.draws * self.latent_numel * 4
-        return self.rows if whole_run_bytes <= self.ring_bytes else 1
+        return self.rows if whole_run_bytes <= self.ring_bytes else min(self.unroll, self.rows)
+
+    @property
+    def conditioning_bytes(self) -> int:
+        """Device bytes of all slots' conditioning."""
+        return self.max_batch * sum(spec.nbytes for spec in self.conditioning.values())
 
     @property
     def state_bytes(self) -> int:
-        """Device bytes of all slots: rows, latents, noise and conditioning."""
-        conditioning = sum(map(math.prod, self.conditioning.values())) * self.dtype.itemsize
+        """Device bytes of all slots: rows, latents, noise and conditioning. Known before anything is allocated."""
         floats = (self.rows + 1) * self.layout.width
         floats += (self.memory + self.ring_depth * self.draws) * self.latent_numel
-        return self.max_batch * (4 * floats + conditioning + 3 * 8)
-
-    def size_for(self, count: int) -> int:
-        """The smallest batch size that serves slots [0, count)."""
-        for size in self.batch_sizes:
-            if size >= count:
-                return size
-        raise PlanMismatch(f"expected at most {self.max_batch} slots, got {count}; raise max_batch")
+        return self.max_batch * (4 * floats + 3 * 8) + self.conditioning_bytes
 
     def check(self, table: StepTable) -> None:
         """Raise PlanMismatch unless `table` fits, naming the capacity to raise."""
@@ -82,3 +134,48 @@ class CapturePlan:
                     f"{table.source} needs {name} = {needed}, the plan has {getattr(self, name)}; "
                     f"build the runtime with {name}={needed} or more"
                 )
+
+    def check_conditioning(self, conditioning: Mapping[str, torch.Tensor]) -> None:
+        """Raise PlanMismatch unless one slot's tensors have the plan's names, shapes (text length) and dtypes."""
+        found = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in conditioning.items()}
+        for name in sorted(self.conditioning.keys() | found.keys()):
+            expected, got = self.conditioning.get(name), found.get(name)
+            if expected != got:
+                raise PlanMismatch(
+                    f"conditioning {name}: expected {_spell(expected)}, got {_spell(got)}; "
+                    f"pad or cut it, or build the runtime with a plan whose conditioning.{name} is that"
+                )
+
+
+def shipped() -> dict[str, Path]:
+    """The plans of graphs/ by name, from the wheel's copy of that folder or from the repository itself."""
+    places = (Path(__file__).parents[1] / "graphs", Path(__file__).parent / "graphs")  # of two, the later counts
+    return {file.stem: file for place in places for file in sorted(place.glob("*.toml"))}
+
+
+def _at_least(least: int, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _sizes(key: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(_at_least(1, size) for size in value):
+        raise ValueError(f"plan: {key}: expected a list of sizes >= 1, got {value!r}")
+    return tuple(value)
+
+
+def _dtype(key: str, name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"plan: {key}: expected a dtype such as 'bfloat16', got {name!r}")
+    return dtype
+
+
+def _spec(key: str, spec: Any, dtype: torch.dtype) -> TensorSpec:
+    if not isinstance(spec, dict) or "shape" not in spec or spec.keys() - {"shape", "dtype"}:
+        raise ValueError(f"plan: {key}: expected a shape and perhaps a dtype, got {spec!r}")
+    own = _dtype(f"{key}.dtype", spec["dtype"]) if "dtype" in spec else dtype
+    return TensorSpec(_sizes(f"{key}.shape", spec["shape"]), own)
+
+
+def _spell(spec: TensorSpec | None) -> str:
+    return "none" if spec is None else f"{spec.shape} {str(spec.dtype).removeprefix('torch.')}"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from fastdiff.errors import PlanMismatch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One image (or video) to make. Needs a `prompt` or `prompt_embeds`; everything else has diffusers' default.
+    """One image or video to make. Needs a `prompt`, `prompt_embeds` or `class_label`; the rest has diffusers' default.
 
     `scheduler` is a diffusers scheduler, the name of one with or without `Scheduler` and `Discrete` ("Euler",
     "UniPCMultistep"), or None for the pipeline's; it is read and never changed. `timesteps` and `sigmas` are custom
@@ -32,11 +36,14 @@ class Request:
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_embeds: Tensor | None = None  # [L, D]
     negative_prompt_embeds: Tensor | None = None  # [L, D]
+    class_label: int | str | None = None  # of a class-conditional model: its number or one of its words
     latents: Tensor | None = None  # [C, H, W], standard normal, not yet scaled
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompt_embeds is None):
-            raise ValueError("expected exactly one of prompt and prompt_embeds")
+        if sum(asked is not None for asked in (self.prompt, self.prompt_embeds, self.class_label)) != 1:
+            raise ValueError("expected exactly one of prompt, prompt_embeds and class_label")
+        if not isinstance(self.class_label, (int, str, NoneType)):
+            raise ValueError(f"class_label: expected an integer or a word, got {self.class_label!r}")
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ValueError("expected at most one of negative_prompt and negative_prompt_embeds")
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
@@ -52,6 +59,15 @@ class Request:
     def guided(self) -> bool:
         """Whether classifier-free guidance has any effect: diffusers' rule, scale > 1."""
         return self.guidance_scale > 1.0
+
+    def check_tensors(self, **shapes: tuple[int, ...]) -> None:
+        """Raise unless the request's own tensors, by field, have these shapes, and finite values."""
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise PlanMismatch(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -73,6 +89,7 @@ class Result:
     latents: Tensor  # [C, H, W], in the pipeline's dtype, on its device
     image: Tensor | None  # [C, H, W] float32 in [0, 1], on the CPU
     rows: int  # model evaluations
+    mode: str  # how its steps ran, as chosen by the runtime where that was left to it
     error: Exception | None = None
 
     def to_pil(self) -> Any:

@@ -1,15 +1,26 @@
-"""Capacities: validated, immutable, and named when a request does not fit."""
+"""Capacities: validated, immutable, named when a request does not fit; and the plans that ship."""
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hatchling.builders.wheel import WheelBuilder
 
 from fastdiff.errors import PlanMismatch
-from fastdiff.plan import CapturePlan
+from fastdiff.plan import CapturePlan, TensorSpec, shipped
+from fastdiff.runtime import Runtime
+from fastdiff.slots import Slots
+
+REPOSITORY = Path(__file__).parents[1]
+SHIPPED = ["digits", "dit-xl-256", "flux-dev-1024", "sd15-512", "sdxl-1024"]
 
 
 def plan(**fields: Any) -> CapturePlan:
@@ -19,8 +30,10 @@ def plan(**fields: Any) -> CapturePlan:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("memory", 0), ("rows", 0), ("draws", -1), ("latent_shape", ()), ("latent_shape", (4, 0, 8)),
-     ("batch_sizes", ()), ("batch_sizes", (2, 1)), ("batch_sizes", (0, 1)), ("batch_sizes", (1, 1))],
+    [("memory", 0), ("memory", "4"), ("memory", True), ("rows", 0), ("draws", -1), ("unroll", 0), ("ring_bytes", -1),
+     ("graph_bytes", -1), ("graph_bytes", 1.5), ("regional", 1), ("compile", "fast"), ("latent_shape", ()),
+     ("latent_shape", (4, 0, 8)), ("batch_sizes", ()), ("batch_sizes", (2, 1)), ("batch_sizes", (0, 1)),
+     ("batch_sizes", (1, 1)), ("batch_sizes", (1, "2"))],
 )  # fmt: skip
 def test_a_capacity_that_makes_no_sense_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"CapturePlan.{field}: expected"):
@@ -28,23 +41,117 @@ def test_a_capacity_that_makes_no_sense_is_refused_by_name(field: str, value: An
 
 
 def test_a_plan_cannot_be_changed() -> None:
-    own = plan(conditioning={"text": (2, 3)})
+    own = plan(conditioning={"text": TensorSpec((2, 3), torch.float32)})
     with pytest.raises(FrozenInstanceError):
         own.rows = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
-        own.conditioning["more"] = (1,)  # type: ignore[index]
-
-
-def test_size_for_is_the_smallest_that_serves() -> None:
-    own = plan(batch_sizes=(1, 2, 4))
-    assert [own.size_for(count) for count in (1, 2, 3, 4)] == [1, 2, 4, 4]
-    with pytest.raises(PlanMismatch, match="at most 4 slots, got 5"):
-        own.size_for(5)
+        own.conditioning["more"] = TensorSpec((1,), torch.float32)  # type: ignore[index]
 
 
 def test_the_ring_holds_a_whole_run_only_where_that_is_small() -> None:
     assert plan(rows=50).ring_depth == 50
-    video = plan(latent_shape=(16, 21, 60, 104), rows=50)
-    assert video.ring_depth == 1
+    video = plan(latent_shape=(16, 21, 60, 104), rows=50, unroll=3)
+    assert video.ring_depth == 3
     assert video.latent_numel * 4 * 50 > video.ring_bytes
-    assert plan(rows=50, ring_bytes=0).ring_depth == 1
+    assert plan(rows=50, ring_bytes=0, unroll=1).ring_depth == 1
+    assert plan(rows=2, ring_bytes=0, unroll=4).ring_depth == 2
+
+
+def test_conditioning_of_another_length_name_or_dtype_is_named() -> None:
+    own = plan(conditioning={"text": TensorSpec((77, 8), torch.float32), "label": TensorSpec((2,), torch.int64)})
+    fitting = {"text": torch.zeros(77, 8), "label": torch.zeros(2, dtype=torch.int64)}
+    own.check_conditioning(fitting)
+    for wrong, message in (
+        ({"text": torch.zeros(76, 8)}, r"text: expected \(77, 8\) float32, got \(76, 8\) float32; pad or cut it"),
+        ({"text": torch.zeros(77, 8).half()}, r"text: expected \(77, 8\) float32, got \(77, 8\) float16"),
+        ({"label": torch.zeros(2)}, r"label: expected \(2,\) int64, got \(2,\) float32"),
+        ({"mask": torch.zeros(77)}, r"mask: expected none, got \(77,\) float32"),
+    ):
+        with pytest.raises(PlanMismatch, match=message):
+            own.check_conditioning(fitting | wrong)
+    with pytest.raises(PlanMismatch, match=r"label: expected \(2,\) int64, got none"):
+        own.check_conditioning({"text": fitting["text"]})
+
+
+def test_every_plan_of_the_repository_loads_by_name_and_by_path() -> None:
+    assert sorted(shipped()) == SHIPPED
+    for name in SHIPPED:
+        own = CapturePlan.load(name)
+        assert own == CapturePlan.load(REPOSITORY / "graphs" / f"{name}.toml")
+        assert own.dtype == (torch.float32 if name == "digits" else torch.bfloat16)
+        assert own.regional == (name in ("sdxl-1024", "flux-dev-1024"))
+    flux = CapturePlan.load("flux-dev-1024")
+    assert (flux.latent_shape, flux.batch_sizes) == ((4096, 64), (1,))
+    assert flux.conditioning["pooled_prompt_embeds"] == TensorSpec((768,), torch.bfloat16)
+    assert CapturePlan.load("dit-xl-256").conditioning["class_labels"] == TensorSpec((2,), torch.int64)
+
+
+def test_a_plan_that_is_nowhere_is_refused_with_all_names() -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected a TOML file or one of digits, .*, got 'sd3'"):
+        CapturePlan.load("sd3")
+
+
+GOOD = {"latent_shape": [4, 8, 8], "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 3}, "plan: unknown key 'steps'; expected some of batch_sizes, "),
+        ({"dtype": "float31"}, "plan: dtype: expected a dtype such as 'bfloat16', got 'float31'"),
+        ({"dtype": "nn"}, "plan: dtype: expected a dtype such as 'bfloat16', got 'nn'"),
+        ({"latent_shape": 4}, "plan: latent_shape: expected a list of sizes >= 1, got 4"),
+        ({"latent_shape": [4, 0]}, r"plan: latent_shape: expected a list of sizes >= 1, got \[4, 0\]"),
+        ({"batch_sizes": "8"}, "plan: batch_sizes: expected a list of sizes >= 1, got '8'"),
+        ({"batch_sizes": [2, 1]}, r"CapturePlan.batch_sizes: expected rising sizes >= 1, got \(2, 1\)"),
+        ({"rows": "many"}, "CapturePlan.rows: expected an integer >= 1, got 'many'"),
+        ({"regional": "yes"}, "CapturePlan.regional: expected True or False, got 'yes'"),
+        (
+            {"compile": "reduce-overhead"},
+            "CapturePlan.compile: expected one of none, default, .*, got 'reduce-overhead'",
+        ),
+        ({"conditioning": 3}, "plan: conditioning: expected a table, got 3"),
+        ({"conditioning": {"text": [77, 8]}}, r"plan: conditioning.text: expected a shape .*, got \[77, 8\]"),
+        ({"conditioning": {"text": {"dtype": "int64"}}}, "plan: conditioning.text: expected a shape"),
+        ({"conditioning": {"text": {"shape": [7], "size": 7}}}, "plan: conditioning.text: expected a shape"),
+        ({"conditioning": {"text": {"shape": [7.5]}}}, r"plan: conditioning.text.shape: expected .*, got \[7.5\]"),
+        ({"conditioning": {"text": {"shape": [7], "dtype": "x"}}}, "plan: conditioning.text.dtype: expected a dtype"),
+    ],
+)
+def test_what_a_plan_cannot_mean_is_refused_with_its_key(changed: dict[str, Any], message: str) -> None:
+    CapturePlan.parse(GOOD)
+    with pytest.raises(ValueError, match=message):
+        CapturePlan.parse(GOOD | changed)
+
+
+@pytest.mark.parametrize("key", GOOD)
+def test_what_a_plan_must_have_is_asked_for_by_name(key: str) -> None:
+    with pytest.raises(ValueError, match=f"plan: missing key '{key}'"):
+        CapturePlan.parse({other: value for other, value in GOOD.items() if other != key})
+
+
+@pytest.mark.parametrize(
+    "own",
+    [*map(CapturePlan.load, SHIPPED), plan(memory=6, rows=3, draws=0), plan(draws=2, ring_bytes=0, batch_sizes=(1, 3))],
+    ids=[*SHIPPED, "no-draws", "short-ring"],
+)
+def test_the_bytes_of_all_slots_are_known_beforehand(own: CapturePlan) -> None:
+    slots = Slots(own, "cpu")
+    assert own.state_bytes == slots.nbytes
+    without = replace(own, conditioning={})
+    assert own.conditioning_bytes == own.state_bytes - without.state_bytes
+
+
+def test_the_plan_of_the_shipped_pipeline_is_what_a_runtime_derives(pipe: Any) -> None:
+    assert Runtime(pipe, certify=False).plan == CapturePlan.load("digits")
+
+
+def test_the_wheel_carries_the_plans_to_where_they_are_looked_for(tmp_path: Path) -> None:
+    wheel = next(WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=["standard"]))
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = "from fastdiff.plan import CapturePlan, shipped; CapturePlan.load('digits'); print(*shipped().values())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment, cwd=tmp_path
+    ).stdout.split()
+    assert printed == [str(tmp_path / "installed" / "fastdiff" / "graphs" / f"{name}.toml") for name in SHIPPED]

@@ -13,8 +13,8 @@ from fastdiff import Request, Result
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of prompt and prompt_embeds"),
-        ({"prompt": "x", "prompt_embeds": torch.zeros(1)}, "exactly one of prompt and prompt_embeds"),
+        ({}, "exactly one of prompt, prompt_embeds and class_label"),
+        ({"prompt": "x", "prompt_embeds": torch.zeros(1)}, "exactly one of prompt, prompt_embeds and class_label"),
         ({"prompt": "x", "steps": 0}, "steps: expected an integer >= 1, got 0"),
         ({"prompt": "x", "steps": 2.5}, "steps: expected an integer >= 1, got 2.5"),
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
@@ -41,9 +41,14 @@ def test_the_schedule_is_what_tabulate_takes() -> None:
 
 def test_a_result_without_an_image_raises_its_own_error() -> None:
     failed = Result(
-        request=Request(prompt="x"), latents=torch.zeros(1), image=None, rows=1, error=ArithmeticError("no")
+        request=Request(prompt="x"),
+        latents=torch.zeros(1),
+        image=None,
+        rows=1,
+        mode="eager",
+        error=ArithmeticError("no"),
     )
     with pytest.raises(ArithmeticError, match="no"):
         failed.to_pil()
-    made = Result(request=Request(prompt="x"), latents=torch.zeros(1), image=torch.ones(1, 2, 3), rows=1)
+    made = Result(request=Request(prompt="x"), latents=torch.zeros(1), image=torch.ones(1, 2, 3), rows=1, mode="eager")
     assert made.to_pil().size == (3, 2)

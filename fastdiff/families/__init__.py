@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import PlanMismatch
+from fastdiff.families.dit import DiT
 from fastdiff.families.stable_diffusion import StableDiffusion
+from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
 
@@ -25,6 +27,11 @@ class Family(Protocol):
     @property
     def denoiser(self) -> Denoiser:
         """The model and its guidance."""
+        ...
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module that the denoiser calls, whose weights a captured graph reads."""
         ...
 
     @property
@@ -43,8 +50,8 @@ class Family(Protocol):
         ...
 
     @property
-    def conditioning(self) -> Mapping[str, tuple[int, ...]]:
-        """One slot's conditioning shapes by name."""
+    def conditioning(self) -> Mapping[str, TensorSpec]:
+        """One slot's conditioning by name."""
         ...
 
     def check(self, request: Request) -> None:
@@ -60,7 +67,10 @@ class Family(Protocol):
         ...
 
 
-FAMILIES = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, Callable[[Any, int | None, int | None], Family]] = {
+    "DiTPipeline": DiT,
+    "StableDiffusionPipeline": StableDiffusion,
+}
 
 
 def family_of(pipe: Any, height: int | None = None, width: int | None = None) -> Family:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.denoiser import guide
 from fastdiff.errors import PlanMismatch
+from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
 
@@ -26,10 +27,11 @@ class StableDiffusion:
         if height % scale or width % scale:
             raise PlanMismatch(f"expected a height and width divisible by {scale}, got {height} x {width}")
         self.latent_shape: tuple[int, ...] = (config.in_channels, height // scale, width // scale)
+        self.model: torch.nn.Module = pipe.unet
         self.device: torch.device = pipe.unet.device
         self.dtype: torch.dtype = pipe.unet.dtype
         self.text_shape = (pipe.tokenizer.model_max_length, config.cross_attention_dim)  # (L, D)
-        self.conditioning: Mapping[str, tuple[int, ...]] = {"prompt_embeds": (2, *self.text_shape)}
+        self.conditioning = {"prompt_embeds": TensorSpec((2, *self.text_shape), self.dtype)}
         self._encoding = threading.Lock()  # fast tokenizers raise "Already borrowed" when two threads call one
 
     @property
@@ -40,29 +42,18 @@ class StableDiffusion:
     def denoiser(
         self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
     ) -> Tensor:
-        """The guided output [n, C, H, W] float32 of one UNet call at batch 2n: each slot unconditional, conditional."""
-        prompt_embeds = conditioning["prompt_embeds"].flatten(0, 1)  # [2n, L, D]
-        output = self.pipe.unet(
-            sample.repeat_interleave(2, dim=0),
-            timestep.repeat_interleave(2),
-            encoder_hidden_states=prompt_embeds,
-            return_dict=False,
-        )[0]
-        unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
-        return guide(unconditional, conditional, guidance)
+        """The guided output [n, C, H, W] float32."""
+        return guided(self.pipe.unet, sample, timestep, conditioning, guidance)
 
     def check(self, request: Request) -> None:
         """Raise PlanMismatch unless the request's own tensors have this pipeline's shapes."""
-        for name, shape in (
-            ("prompt_embeds", self.text_shape),
-            ("negative_prompt_embeds", self.text_shape),
-            ("latents", self.latent_shape),
-        ):
-            tensor = getattr(request, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise PlanMismatch(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+        if request.class_label is not None:
+            raise ValueError(
+                f"expected a prompt or prompt_embeds, got class_label: {type(self.pipe).__name__} takes text"
+            )
+        request.check_tensors(
+            prompt_embeds=self.text_shape, negative_prompt_embeds=self.text_shape, latents=self.latent_shape
+        )
         if request.guided and request.prompt_embeds is not None and request.negative_prompt_embeds is None:
             raise ValueError("prompt_embeds with guidance need negative_prompt_embeds beside them")
 
@@ -88,6 +79,30 @@ class StableDiffusion:
         image = self.pipe.vae.decode(latents, return_dict=False)[0]
         processed = self.pipe.image_processor.postprocess(image, output_type="pt")
         return processed[0].float().cpu()  # type: ignore[no-any-return]  # diffusers is untyped
+
+
+def guided(
+    unet: Callable[..., tuple[Tensor]],
+    sample: Tensor,
+    timestep: Tensor,
+    conditioning: Mapping[str, Tensor],
+    guidance: Tensor,
+) -> Tensor:
+    """The guided output [n, C, H, W] float32 of one UNet call at batch 2n: each slot unconditional, conditional.
+
+    What `conditioning` has beside the text goes in by its name, as SDXL's `text_embeds` and `time_ids` do.
+    """
+    both = {name: tensor.flatten(0, 1) for name, tensor in conditioning.items()}  # [2n, ...]
+    prompt_embeds = both.pop("prompt_embeds")  # [2n, L, D]
+    output = unet(
+        sample.repeat_interleave(2, dim=0),
+        timestep.repeat_interleave(2),
+        encoder_hidden_states=prompt_embeds,
+        added_cond_kwargs=both,
+        return_dict=False,
+    )[0]
+    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
+    return guide(unconditional, conditional, guidance)
 
 
 def _batched(tensor: Tensor | None) -> Tensor | None:
