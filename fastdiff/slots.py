@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,17 @@ class Row(NamedTuple):
     lo: Tensor  # [n, 1, 1]
     hi: Tensor  # [n, 1, 1]
     clip: tuple[Tensor, ...]  # r: K + 1 times [n, 1, 1]
-    weights: tuple[Tensor, ...]  # A | b | d | C: K + 2 + Z times [n, K, 1]
+    weights: tuple[tuple[Tensor, ...], ...]  # A | b | d | C: for each plane of k latents, K + 2 + Z times [n, k, 1]
 
     @classmethod
-    def of(cls, coefficients: Tensor, layout: RowLayout) -> Row:
-        """Views of packed rows [n, F]."""
+    def of(cls, coefficients: Tensor, layout: RowLayout, planes: Sequence[int]) -> Row:
+        """Views of packed rows [n, F], for planes of so many latents each."""
         n, K = len(coefficients), layout.memory
         scalars, clip, weights = coefficients[:, :, None, None].split([layout.scalars, K + 1, K * layout.terms], dim=1)
         t, c_in, guidance, lo, hi = scalars.unbind(1)
-        terms = weights.view(n, K, layout.terms, 1).unbind(2)
-        return cls(t.view(n), guidance.view(n), c_in, lo, hi, tuple(clip.unbind(1)), tuple(terms))
+        by_plane = weights.view(n, K, layout.terms, 1).split(list(planes), dim=1)
+        terms = tuple(tuple(plane.unbind(2)) for plane in by_plane)
+        return cls(t.view(n), guidance.view(n), c_in, lo, hi, tuple(clip.unbind(1)), terms)
 
 
 class Batch(NamedTuple):
@@ -43,7 +45,7 @@ class Batch(NamedTuple):
     table: Tensor  # [n, R + 1, F] float32: packed rows; the row after a request's last repeats it, and is never applied
     row: Tensor  # [n] int64: the row to run next
     end: Tensor  # [n] int64: the request's rows; an idle slot has none
-    latents: Tensor  # [n, K, P] float32
+    planes: tuple[Tensor, ...]  # [n, k, P] float32 each: the K latents, in one plane or in one each
     noise: Tensor  # [n, D, Z, P] float32: a ring, row i at i mod D
     conditioning: dict[str, Tensor]  # [n, ...] each
     static: Static | None = None
@@ -51,14 +53,16 @@ class Batch(NamedTuple):
     def current(self) -> Row:
         """Gather each slot's next row."""
         if self.static is None:
-            return Row.of(self.table[self.slot, self.row], self.layout)
+            return Row.of(self.table[self.slot, self.row], self.layout, [plane.shape[1] for plane in self.planes])
         packed, first, coefficients, row, _ = self.static
         torch.index_select(packed, 0, first + self.row, out=coefficients)
         return row
 
-    def terms(self) -> tuple[Tensor, ...]:
-        """The latents: K times [n, 1, P]."""
-        return tuple(self.latents[:, :, None].unbind(1)) if self.static is None else self.static.latents
+    def latents(self) -> tuple[Tensor, ...]:
+        """K times [n, 1, P]."""
+        if self.static is not None:
+            return self.static.latents
+        return tuple(latent for plane in self.planes for latent in plane[:, :, None].unbind(1))
 
     def with_views(self) -> Batch:
         """The same batch with the views of a step made beforehand.
@@ -72,8 +76,8 @@ class Batch(NamedTuple):
                 packed=self.table.flatten(0, 1),
                 first=self.slot * self.table.shape[1],
                 coefficients=coefficients,
-                row=Row.of(coefficients, self.layout),
-                latents=self.terms(),
+                row=Row.of(coefficients, self.layout, [plane.shape[1] for plane in self.planes]),
+                latents=self.latents(),
             )
         )
 
@@ -93,11 +97,15 @@ class Slots:
 
     Not thread-safe: one session at a time loads, steps and takes. Nothing here waits for the device: loads are copies
     on the caller's current stream, in order with the steps that it enqueues there.
+
+    `planar` gives every latent a tensor of its own: a compiler then fuses all K updates into one kernel that writes in
+    place, which it cannot where they share one. An eager step wants them in one, for a Kth of the operations.
     """
 
-    def __init__(self, plan: CapturePlan, device: torch.device | str) -> None:
+    def __init__(self, plan: CapturePlan, device: torch.device | str, *, planar: bool = False) -> None:
         self.plan, self.device = plan, torch.device(device)
         slots, layout, P = plan.max_batch, plan.layout, plan.latent_numel
+        planes = (1,) * plan.memory if planar else (plan.memory,)
         self._all = Batch(
             layout=layout,
             latent_shape=plan.latent_shape,
@@ -106,11 +114,11 @@ class Slots:
             table=torch.zeros(slots, plan.rows + 1, layout.width, device=device),
             row=torch.zeros(slots, dtype=torch.int64, device=device),
             end=torch.zeros(slots, dtype=torch.int64, device=device),
-            latents=torch.zeros(slots, plan.memory, P, device=device),
+            planes=tuple(torch.zeros(slots, latents, P, device=device) for latents in planes),
             noise=torch.zeros(slots, plan.ring_depth, plan.draws, P, device=device),
             conditioning={
-                name: torch.zeros(slots, *shape, dtype=plan.dtype, device=device)
-                for name, shape in plan.conditioning.items()
+                name: torch.zeros(slots, *spec.shape, dtype=spec.dtype, device=device)
+                for name, spec in plan.conditioning.items()
             },
         )
         self._batches = {size: self._view(slice(size)) for size in plan.batch_sizes}
@@ -120,7 +128,8 @@ class Slots:
     def _view(self, part: slice | int) -> Batch:
         own = self._all
         return own._replace(
-            **{name: getattr(own, name)[part] for name in ("slot", "table", "row", "end", "latents", "noise")},
+            **{name: getattr(own, name)[part] for name in ("slot", "table", "row", "end", "noise")},
+            planes=tuple(plane[part] for plane in own.planes),
             conditioning={name: tensor[part] for name, tensor in own.conditioning.items()},
         )
 
@@ -133,22 +142,32 @@ class Slots:
         """Device bytes of all slots."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    @property
+    def conditioning_bytes(self) -> int:
+        """Device bytes of all slots' conditioning, which `nbytes` counts too."""
+        return sum(tensor.nbytes for tensor in self._all.conditioning.values())
+
     def tensors(self) -> list[Tensor]:
         """Every static tensor, for accounting and for tests of addresses."""
-        return [value for value in self._all if isinstance(value, Tensor)] + list(self._all.conditioning.values())
+        own = self._all
+        return [own.slot, own.table, own.row, own.end, *own.planes, own.noise, *own.conditioning.values()]
 
     def load(self, slot: int, state: RequestState) -> None:
         """Write all of a request's state into `slot`, over whatever was there: nothing of a former request stays."""
         table, latents = state.prepared
         self.plan.check(table)
-        place, memory = self._places[slot], table.memory
+        place = self._places[slot]
         packed = pack(table, place.layout)
         place.table[: len(packed)].copy_(packed, non_blocking=True)
         if state.guidance_scale != 1.0:
             place.table[: len(packed), GUIDANCE].fill_(state.guidance_scale)
-        place.latents[:memory].copy_(latents.flatten(1), non_blocking=True)
-        if memory < place.layout.memory:
-            place.latents[memory:].zero_()  # idle memory has weight 0, and 0 * nan is nan
+        rest = latents.flatten(1)
+        for plane in place.planes:
+            held = rest[: len(plane)]
+            plane[: len(held)].copy_(held, non_blocking=True)
+            if len(held) < len(plane):
+                plane[len(held) :].zero_()  # idle memory has weight 0, and 0 * nan is nan
+            rest = rest[len(plane) :]
         if self._has_noise[slot]:
             place.noise.zero_()
             self._has_noise[slot] = False
@@ -159,14 +178,16 @@ class Slots:
 
     def put_noise(self, slot: int, row: int, noise: Tensor) -> None:
         """Write the draws [rows, Z, *latent_shape] of `row` and the rows after it into the slot's ring."""
-        first = row % self.plan.ring_depth
-        ring = self._places[slot].noise[first : first + len(noise), : noise.shape[1]]
+        ring, first = self._places[slot].noise, row % self.plan.ring_depth
         self._has_noise[slot] = True
-        ring.copy_(noise.flatten(2), non_blocking=True)
+        until_the_end = self.plan.ring_depth - first
+        for start, part in ((first, noise[:until_the_end]), (0, noise[until_the_end:])):
+            ring[start : start + len(part), : part.shape[1]].copy_(part.flatten(2), non_blocking=True)
 
     def read(self, slot: int, memory: int) -> Tensor:
         """A copy of the slot's latents [K, C, H, W]."""
-        return self._places[slot].latents[:memory].view(memory, *self.plan.latent_shape).clone()
+        latents = torch.cat(self._places[slot].planes)[:memory]  # a copy, of one plane too
+        return latents.view(memory, *self.plan.latent_shape)
 
     def park(self, slot: int) -> None:
         """Stop the slot where it is: steps pass it by until the next load."""

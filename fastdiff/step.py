@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdiff.denoiser import Denoiser
-from fastdiff.slots import Batch
+from fastdiff.slots import Batch, Row
 
 
-def denoise_step(denoiser: Denoiser, batch: Batch) -> None:
-    """Advance every slot of `batch` by one row, in place. No host reads, no branches on data.
+def update(batch: Batch, row: Row, model_output: Tensor) -> None:
+    """The next latents of every slot from the model's output, in place, and on to the next row.
 
-    Each slot applies its own row of its own table: x_in = c_in s[0]; phi = clamp(r . [s, m]);
-    s' = [A | b | d | C] . [s, m, phi, eps]. Spent and idle slots are held.
+    phi = clamp(r . [s, m]); s' = [A | b | d | C] . [s, m, phi, eps]. Spent and idle slots are held.
     """
-    n, _, P = batch.latents.shape
-    row = batch.current()
-
-    latents = batch.terms()  # K times [n, 1, P]
-    sample = (latents[0] * row.c_in).to(batch.dtype).view(n, *batch.latent_shape)
-    model_output = denoiser(sample, row.t, batch.conditioning, row.guidance).float().reshape(n, 1, P)
-
+    n, _, P = batch.planes[0].shape
+    latents = batch.latents()  # K times [n, 1, P]
+    model_output = model_output.float().reshape(n, 1, P)
     phi = weighted_sum(row.clip, (*latents, model_output)).clamp(row.lo, row.hi)  # [n, 1, P]
     eps = batch.noise[batch.slot, batch.row % batch.noise.shape[1]]  # [n, Z, P]
-    advanced = weighted_sum(row.weights, (*latents, model_output, phi, *eps[:, :, None].unbind(1)))  # [n, K, P]
+    terms = (*latents, model_output, phi, *eps[:, :, None].unbind(1))
 
     active = (batch.row < batch.end)[:, None, None]
-    batch.latents.copy_(torch.where(active, advanced, batch.latents))  # never a product: 0 * nan is nan
+    advanced = [
+        torch.where(active, weighted_sum(weights, terms), plane)  # never a product: 0 * nan is nan
+        for weights, plane in zip(row.weights, batch.planes, strict=True)
+    ]
+    for plane, latent in zip(batch.planes, advanced, strict=True):
+        plane.copy_(latent)
     batch.row.add_(active.view(n))
+
+
+def denoise_step(denoiser: Denoiser, batch: Batch, update: Callable[[Batch, Row, Tensor], None] = update) -> None:
+    """Advance every slot of `batch` by one row, in place. No host reads, no branches on data.
+
+    Each slot applies its own row of its own table; x_in = c_in s[0] is what the model sees.
+    """
+    row = batch.current()
+    sample = (batch.latents()[0] * row.c_in).to(batch.dtype).view(len(batch.slot), *batch.latent_shape)
+    update(batch, row, denoiser(sample, row.t, batch.conditioning, row.guidance))
 
 
 def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:

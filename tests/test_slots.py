@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from fastdiff.errors import PlanMismatch
-from fastdiff.plan import CapturePlan
+from fastdiff.plan import CapturePlan, TensorSpec
 from fastdiff.slots import Slots
 from fastdiff.table import GUIDANCE
 from tests.conftest import LATENT_SHAPE, random_state, table
 
 PLAN = CapturePlan(
-    latent_shape=LATENT_SHAPE, dtype=torch.bfloat16, conditioning={"text": (2, 7)}, batch_sizes=(1, 3), rows=9
+    latent_shape=LATENT_SHAPE,
+    dtype=torch.bfloat16,
+    conditioning={"text": TensorSpec((2, 7), torch.bfloat16)},
+    batch_sizes=(1, 3),
+    rows=9,
 )
 
 

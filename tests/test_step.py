@@ -176,4 +176,4 @@ def test_half_precision_model_inputs_keep_a_float32_state() -> None:
     slots.load(0, random_state(table("EulerDiscreteScheduler"), 0))
     denoise_step(model, slots.batch(1))
     assert seen == [torch.bfloat16]
-    assert slots.batch(1).latents.dtype == torch.float32
+    assert slots.batch(1).planes[0].dtype == torch.float32

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from fastdiff.audit import on_host
 from fastdiff.bench.arms import (
     Workbench,
     cloned_deepcopy,
@@ -22,7 +23,7 @@ from fastdiff.bench.arms import (
 )
 from fastdiff.bench.measure import Block, Sample
 from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
-from fastdiff.bench.vram import EmulatedDevice, reachable_tensors, storage_bytes
+from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
 from fastdiff.capture import Mode, Steps
 from fastdiff.noise import normal, row_noise, run_noise, seeded
 from fastdiff.plan import CapturePlan
@@ -60,7 +61,7 @@ class RowBench:
         key = (mode, latent_shape, batch)
         if key not in self._rows:
             plan = CapturePlan(latent_shape=latent_shape, dtype=torch.float32, batch_sizes=(batch,))
-            slots = Slots(plan, self.bench.device)
+            slots = Slots(plan, self.bench.device, planar=mode == "compiled")
             self._rows[key] = TableRows(slots, Steps(null_model, slots, mode))
         return self._rows[key]
 
@@ -136,8 +137,8 @@ class RowBench:
         sample = torch.zeros(batch, *family.latent_shape, dtype=family.dtype, device=family.device)
         numbers = torch.ones(batch, device=family.device)
         conditioning = {
-            name: torch.zeros(batch, *shape, dtype=family.dtype, device=family.device)
-            for name, shape in family.conditioning.items()
+            name: torch.zeros(batch, *spec.shape, dtype=spec.dtype, device=family.device)
+            for name, spec in family.conditioning.items()
         }
         return lambda: family.denoiser(sample, numbers, conditioning, numbers)
 
@@ -216,7 +217,7 @@ def counts(rows: RowBench, case: CountCase) -> Iterator[dict[str, Any]]:
 
 
 def _count_diffusers(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
-    device = EmulatedDevice()
+    device = CountingDevice()
     counted: dict[str, list[int]] = {"operations": [], "syncs": []}
     members = []
     for index, name in enumerate(rows.samplers(case)):
@@ -224,8 +225,8 @@ def _count_diffusers(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
         set_timesteps(scheduler, case.steps, torch.device("cpu"))
         sample = rows.first_sample(index, case.latent_shape).cpu() * init_noise_sigma(scheduler)
         options = step_options(scheduler, seeded(NOISE_SEED + index))
-        device.put(sample, scheduler.timesteps)
-        members.append([scheduler, sample, options])
+        scheduler.timesteps = device.put(scheduler.timesteps)
+        members.append([scheduler, device.put(sample), options])
     with torch.no_grad(), device:
         for number in range(case.steps):
             timesteps = [scheduler.timesteps[number] for scheduler, _, _ in members]
@@ -246,9 +247,8 @@ def _count_tables(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
         table = fastdiff.tabulate(rows.bench.template(name), case.steps)
         latents = table.init(rows.first_sample(slot, case.latent_shape)[0].cpu())
         slots.load(slot, RequestState(request=None, table=table, latents=latents))
-    batch = slots.batch(case.batch)
-    device = EmulatedDevice()
-    device.put(*(value for value in batch if isinstance(value, Tensor)))
+    device = CountingDevice()
+    batch = device.put(slots.batch(case.batch))
     counted: dict[str, list[int]] = {"operations": [], "syncs": []}
     with torch.no_grad(), device:
         for _ in range(case.steps):
@@ -346,18 +346,17 @@ def memory(rows: RowBench, case: MemoryCase) -> Iterator[dict[str, Any]]:
 
 
 def _scheduler_bytes(template: Any, owner: Callable[[Any], Any], case: MemoryCase) -> dict[str, int]:
-    device = EmulatedDevice()
+    device = CountingDevice()
 
     def reachable(*holders: Any) -> int:
-        return storage_bytes(tensor for tensor in reachable_tensors(list(holders)) if device.holds(tensor))
+        return storage_bytes(tensor for tensor in reachable_tensors(list(holders)) if not on_host(tensor))
 
     with torch.no_grad(), device:
         scheduler = owner(template)
         before = reachable(scheduler, template)
         set_timesteps(scheduler, case.steps, torch.device("cpu"))
-        device.put(scheduler.timesteps)  # where set_timesteps(device=) puts them; sigmas stay on the host
-        sample = torch.zeros(1, *case.latent_shape)
-        device.put(sample)
+        scheduler.timesteps = device.put(scheduler.timesteps)  # where set_timesteps(device=) puts them, unlike sigmas
+        sample = device.put(torch.zeros(1, *case.latent_shape))
         options = step_options(scheduler, seeded(NOISE_SEED))
         during = 0
         for timestep in scheduler.timesteps:
@@ -379,9 +378,8 @@ def _scheduler_bytes(template: Any, owner: Callable[[Any], Any], case: MemoryCas
 def _slot_bytes(table: StepTable, case: MemoryCase) -> dict[str, int]:
     slots = Slots(_plan_of(table, case.latent_shape), "cpu")
     slots.load(0, RequestState(request=None, table=table, latents=table.init(torch.zeros(case.latent_shape))))
-    device = EmulatedDevice()
-    batch = slots.batch(1)
-    device.put(*slots.tensors(), *(value for value in batch if isinstance(value, Tensor)))
+    device = CountingDevice()
+    batch = device.put(slots.batch(1))
     before = storage_bytes(slots.tensors())
     with torch.no_grad(), device:
         for _ in range(len(table)):
