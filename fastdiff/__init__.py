@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdiff import models as models
+    from fastdiff.errors import CannotCapture as CannotCapture
     from fastdiff.errors import FastdiffError as FastdiffError
     from fastdiff.errors import NotLinear as NotLinear
     from fastdiff.errors import NumericalError as NumericalError
+    from fastdiff.errors import OutOfMemory as OutOfMemory
     from fastdiff.errors import PlanMismatch as PlanMismatch
+    from fastdiff.errors import RowsCoupled as RowsCoupled
+    from fastdiff.errors import StaleGraph as StaleGraph
     from fastdiff.ownership import Lease as Lease
     from fastdiff.ownership import acquire as acquire
     from fastdiff.plan import CapturePlan as CapturePlan
@@ -31,10 +35,11 @@ if TYPE_CHECKING:
     from fastdiff.table import prune as prune
 
 _HOMES = {
-    "CapturePlan": "plan", "FastdiffError": "errors", "Lease": "ownership", "NotLinear": "errors",
-    "NumericalError": "errors", "PlanMismatch": "errors", "Request": "request", "RequestState": "state",
-    "Result": "request", "Runtime": "runtime", "Session": "runtime", "StepTable": "table", "acquire": "ownership",
-    "models": "models", "prune": "table", "table_cache": "probe", "tabulate": "probe",
+    "CannotCapture": "errors", "CapturePlan": "plan", "FastdiffError": "errors", "Lease": "ownership", "NotLinear":
+    "errors", "NumericalError": "errors", "OutOfMemory": "errors", "PlanMismatch": "errors", "Request": "request",
+    "RequestState": "state", "Result": "request", "RowsCoupled": "errors", "Runtime": "runtime", "Session":
+    "runtime", "StaleGraph": "errors", "StepTable": "table", "acquire": "ownership", "models": "models", "prune":
+    "table", "table_cache": "probe", "tabulate": "probe",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

@@ -1,61 +1,372 @@
-"""Runs the step eagerly or compiled. The only file that names torch.compile."""
+"""Runs the step eagerly, compiled or as captured CUDA graphs. The only file that names torch.compile and CUDAGraph."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from types import FunctionType
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FunctionType, MethodType, TracebackType
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fastdiff.denoiser import Denoiser
-from fastdiff.slots import Slots
-from fastdiff.step import denoise_step
+from fastdiff.errors import CannotCapture, OutOfMemory, PlanMismatch, StaleGraph
+from fastdiff.plan import Compile
+from fastdiff.slots import Batch, Row, Slots
+from fastdiff.step import denoise_step, update
+from fastdiff.weights import Weights
 
-Mode = Literal["eager", "compiled"]
+Mode = Literal["eager", "compiled", "step-graph", "loop-graph"]
+GRAPH_MODES = ("step-graph", "loop-graph")
+StepFunction = Callable[[], None]
+"""Advances the slots of one batch size by one row."""
+
+WARM_UP_STEPS = 3  # the first compiles; libraries pick algorithms and take workspaces in the others
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one batch size took to make ready."""
+
+    compile_s: float = 0.0  # the first call
+    warm_up_s: float = 0.0
+    capture_s: float = 0.0
+    torch_bytes: int = 0  # that torch reserved for its graph, beyond what the sizes before it had
+    driver_bytes: int = 0  # of the device, beside those: the graph itself, modules, workspaces of libraries
+
+
+@dataclass
+class Counters:
+    """What became of calls and graphs."""
+
+    hits: int = 0  # replays of exactly the size asked for
+    misses: int = 0  # replays of a larger graph
+    captures: int = 0
+    evictions: int = 0
 
 
 class Steps:
-    """One callable per batch size over one denoiser and its slots; a size is compiled when it is first used."""
+    """The step over one runtime's slots, in one mode, for each batch size of its plan.
 
-    def __init__(self, denoiser: Denoiser, slots: Slots, mode: Mode) -> None:
-        if mode not in ("eager", "compiled"):
-            raise ValueError(f"mode: expected 'eager' or 'compiled', got {mode!r}")
-        self.mode = mode
-        self.compile_seconds: dict[int, float] = {}
-        self._denoiser, self._slots = denoiser, slots
-        self._steps: dict[int, Callable[[], None]] = {}
+    Eager steps cost nothing to make; compiled ones are compiled when a size is first used; graphs are captured here,
+    every size, largest first, and afterwards only replayed.
+    """
 
-    def __call__(self, n: int) -> None:
-        """Advance slots [0, n) by one row."""
-        step = self._steps.get(n)
-        if step is None:
-            step = self._steps[n] = self._build(n)
-        step()
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        slots: Slots,
+        mode: Mode = "eager",
+        model: nn.Module | None = None,
+        *,
+        progress: bool = False,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+        if mode == "loop-graph" and slots.plan.unroll == 1:
+            raise ValueError("mode 'loop-graph' needs unroll >= 2, the rows in one graph; one row is mode 'step-graph'")
+        if mode == "compiled" and slots.plan.compile == "none":
+            raise ValueError("mode 'compiled' needs a plan whose compile is not 'none'; mode 'eager' compiles nothing")
+        self.mode, self.plan = mode, slots.plan
+        self.rows_per_call = slots.plan.unroll if mode == "loop-graph" else 1
+        self.built: dict[int, Built] = {}
+        self._denoiser, self._slots, self._model, self._progress = denoiser, slots, model, progress
+        self._functions: dict[int, StepFunction] = {}
+        self._graphs: StepGraphs | None = None
+        self._weights: Weights | None = None
+        if mode in GRAPH_MODES:
+            self.recapture()
 
-    def _build(self, n: int) -> Callable[[], None]:
-        denoiser, batch = self._denoiser, self._slots.batch(n)
-        if self.mode == "eager":
-            batch = batch.with_views()
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """The captured graphs, in a mode that has them."""
+        return self._graphs
 
-        def step() -> None:
-            denoise_step(denoiser, batch)
-
-        if self.mode == "eager":
-            return step
-        compiled = torch.compile(_own_code(step, f"denoise_step_{n}"), fullgraph=True, dynamic=False)
-
-        def first() -> None:
+    def __call__(self, count: int) -> None:
+        """Advance slots [0, count) by `rows_per_call` rows, at the smallest batch size that holds them."""
+        if self._graphs is not None:
+            self._graphs.replay(count)
+            return
+        if self.mode in GRAPH_MODES:
+            raise CannotCapture("the graphs were released, or could not be captured anew: call recapture()")
+        n = smallest(self.plan.batch_sizes, count)
+        if (function := self._functions.get(n)) is not None:
+            function()
+        else:
+            function = self._functions[n] = self._make(n)
             started = time.perf_counter()
-            compiled()
-            self.compile_seconds[n] = time.perf_counter() - started
-            self._steps[n] = compiled
+            function()
+            self.built[n] = Built(compile_s=time.perf_counter() - started if self.mode == "compiled" else 0.0)
 
-        return first
+    def check(self) -> None:
+        """Raise StaleGraph if graphs were captured and the model is no longer what they captured."""
+        if self._weights is not None and (change := self._weights.changed()):
+            raise StaleGraph(f"the captured graphs are stale: {change}; call recapture() to capture the model as it is")
+
+    def recapture(self) -> None:
+        """Capture every batch size anew, after releasing what was captured before. The slots must be idle."""
+        self._require_graph_mode()
+        self.close()
+        graphs = StepGraphs(self._slots.device, self.rows_per_call)
+        for n in tqdm(self.plan.batch_sizes[::-1], desc=f"capture {self.mode}", disable=not self._progress):
+            graphs.capture(n, self._make(n), self.plan.graph_bytes)
+        self._graphs, self.built = graphs, graphs.built
+        self._weights = Weights(self._model)
+
+    def capture(self, n: int) -> None:
+        """Capture a size that the byte budget left out; the least used go where they must. The slots must be idle."""
+        self._require_graph_mode()
+        if n not in self.plan.batch_sizes:
+            raise PlanMismatch(f"expected one of the plan's batch sizes {self.plan.batch_sizes}, got {n}")
+        if self._graphs is None:
+            raise CannotCapture("the graphs were released: call recapture()")
+        if n not in self._graphs.sizes:
+            self._graphs.make_room(self.plan.graph_bytes)
+            self._graphs.capture(n, self._make(n))
+
+    def close(self) -> None:
+        """Release all graphs and compiled steps."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._graphs = self._weights = None
+        self._functions.clear()
+        self.built = {}
+
+    def _require_graph_mode(self) -> None:
+        if self.mode not in GRAPH_MODES:
+            raise CannotCapture(f"mode {self.mode!r} has no graphs; build with mode 'step-graph' or 'loop-graph'")
+
+    def _make(self, n: int) -> StepFunction:
+        batch = self._slots.batch(n)
+        if self.mode == "eager" or self.plan.compile == "none":
+            return step_function(self._denoiser, batch.with_views())
+        if self.plan.regional:
+            return regional(self._denoiser, batch, self._model, self.plan.compile)
+        return compiled(step_function(self._denoiser, batch), f"denoise_step_{n}", self.plan.compile)
 
 
-def _own_code(function: Callable[[], None], name: str) -> Callable[[], None]:
-    """`function` over a code object of its own: dynamo's recompile limit counts per code object."""
+def smallest(sizes: Sequence[int], count: int) -> int:
+    """The first of rising `sizes` that holds `count` slots."""
+    for size in sizes:
+        if size >= count:
+            return size
+    raise PlanMismatch(f"expected at most {sizes[-1]} slots, got {count}; raise max_batch")
+
+
+# Callables: eager, compiled as a whole, compiled by region
+
+
+def step_function(denoiser: Denoiser, batch: Batch) -> StepFunction:
+    """The step over one batch, as it is."""
+
+    def step() -> None:
+        denoise_step(denoiser, batch)
+
+    return step
+
+
+def compiled(function: Callable[..., Any], name: str, how: Compile, backend: str = "inductor") -> Callable[..., Any]:
+    """`function` compiled as one graph, over a code object of its own: dynamo's recompile limit counts per code."""
+    mode = None if how == "default" else how
+    return torch.compile(_own_code(function, name), fullgraph=True, dynamic=False, mode=mode, backend=backend)
+
+
+def regional(
+    denoiser: Denoiser, batch: Batch, model: nn.Module | None, how: Compile, backend: str = "inductor"
+) -> StepFunction:
+    """The step with the model's repeated blocks compiled once for all of them, the update compiled, the rest eager.
+
+    Full compilation of a large model takes minutes for each batch size; its blocks take seconds.
+    """
+    n = len(batch.slot)
+    blocks = Regions(model, n, how, backend)
+    views = batch.with_views()
+
+    def own_update(row: Row, model_output: Tensor) -> None:
+        update(batch, row, model_output)
+
+    compiled_update = compiled(own_update, f"update_{n}", how, backend)
+
+    def step() -> None:
+        with blocks:
+            denoise_step(denoiser, views, lambda _, row, model_output: compiled_update(row, model_output))
+
+    return step
+
+
+class Regions:
+    """A model's repeated blocks, compiled, and in place only inside a `with`: the model is the user's."""
+
+    def __init__(self, model: nn.Module | None, n: int, how: Compile, backend: str) -> None:
+        names = getattr(model, "_repeated_blocks", None)
+        if model is None or not names:
+            raise PlanMismatch(f"{type(model).__name__} names no _repeated_blocks to compile; set regional = false")
+        call = _own_code(nn.Module._call_impl, f"block_{n}")  # one code for all blocks of a size, so they share graphs
+        mode = None if how == "default" else how
+        self._blocks = [
+            (
+                vars(block),
+                torch.compile(MethodType(call, block), fullgraph=True, dynamic=False, mode=mode, backend=backend),
+            )
+            for block in model.modules()
+            if type(block).__name__ in names
+        ]
+
+    def __enter__(self) -> None:
+        for attributes, call in self._blocks:
+            attributes["_compiled_call_impl"] = call  # where nn.Module.compile() puts it
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for attributes, _ in self._blocks:
+            del attributes["_compiled_call_impl"]
+
+
+def _own_code(function: Callable[..., Any], name: str) -> FunctionType:
+    assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
-    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+# Graphs
+
+
+class StepGraphs:
+    """CUDA graphs of the step by batch size: one memory pool, one capture stream, replayed one at a time."""
+
+    def __init__(self, device: torch.device, unroll: int) -> None:
+        if device.type != "cuda":
+            raise CannotCapture(
+                f"CUDA graphs need a CUDA device, the model is on {device}; move the pipeline, or use mode 'eager' or "
+                "'compiled'"
+            )
+        self.built: dict[int, Built] = {}
+        self.counters = Counters()
+        self.sizes: tuple[int, ...] = ()  # that are captured, rising
+        self._device, self._unroll = device, unroll
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._functions: dict[int, StepFunction] = {}  # a compiled step owns constants that its graph reads
+        self._replays: dict[int, int] = {}
+        with torch.cuda.device(self._device):
+            self._pool = torch.cuda.MemPool()
+            self._stream = torch.cuda.Stream()
+
+    @property
+    def pool_bytes(self) -> int:
+        """What torch holds for the graphs' activations, which all sizes share."""
+        return sum(segment["total_size"] for segment in self._pool.snapshot())
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of all graphs: the pool, and what the driver took for the graphs themselves."""
+        return self.pool_bytes + sum(built.driver_bytes for built in self.built.values())
+
+    def replay(self, count: int) -> None:
+        """Enqueue the graph of the smallest size that holds slots [0, count) on the caller's current stream."""
+        n = smallest(self.sizes, count)
+        if n == count:
+            self.counters.hits += 1
+        else:
+            self.counters.misses += 1
+        self._replays[n] += 1
+        self._graphs[n].replay()
+
+    def capture(self, n: int, function: StepFunction, budget_bytes: int | None = None) -> bool:
+        """Warm up, compile and capture size n; False, and nothing kept, if it would not fit the budget."""
+        with torch.cuda.device(self._device), torch.no_grad():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            pool_before, reserved_before = self.pool_bytes, torch.cuda.memory_reserved()
+            free_before, _ = torch.cuda.mem_get_info()
+            try:
+                compile_s = self._timed(function)  # outside the pool: autotuning allocates for itself
+                with torch.cuda.use_mem_pool(self._pool):
+                    warm_up_s = sum(self._timed(function) for _ in range(WARM_UP_STEPS - 1))
+                graph, capture_s = self._captured(n, function)
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(
+                    f"no room to capture batch size {n} beside {self.sizes}: {str(error).splitlines()[0]}; "
+                    "lower max_batch, or set graph_bytes so that fewer sizes are captured"
+                ) from error
+            torch.cuda.empty_cache()
+            free_after, _ = torch.cuda.mem_get_info()
+            reserved = torch.cuda.memory_reserved() - reserved_before
+        self._graphs[n], self._functions[n], self._replays[n] = graph, function, 0
+        self.sizes = tuple(sorted(self._graphs))
+        self.built[n] = Built(
+            compile_s=compile_s,
+            warm_up_s=warm_up_s,
+            capture_s=capture_s,
+            torch_bytes=self.pool_bytes - pool_before,
+            driver_bytes=max(0, free_before - free_after - reserved),
+        )
+        self.counters.captures += 1
+        if budget_bytes is not None and self.nbytes > budget_bytes:
+            if len(self._graphs) == 1:
+                needed = self.nbytes
+                self._evict(n)
+                raise OutOfMemory(
+                    f"the graph of batch size {n} takes {needed} bytes, graph_bytes is {budget_bytes}; raise it, or "
+                    "lower max_batch"
+                )
+            self._evict(n)
+            return False
+        return True
+
+    def make_room(self, budget_bytes: int | None) -> None:
+        """Evict the least used graphs, the largest size apart, until the budget holds."""
+        while budget_bytes is not None and self.nbytes >= budget_bytes and len(self._graphs) > 1:
+            self._evict(min(self.sizes[:-1], key=lambda n: self._replays[n]))
+
+    def close(self) -> None:
+        """Release every graph and the pool."""
+        for graph in self._graphs.values():
+            graph.reset()
+        for entries in (self._graphs, self._functions, self._replays, self.built):
+            entries.clear()
+        self.sizes = ()
+
+    def _evict(self, n: int) -> None:
+        self._graphs.pop(n).reset()
+        self.sizes = tuple(sorted(self._graphs))
+        for entries in (self._functions, self._replays, self.built):
+            entries.pop(n)
+        self.counters.evictions += 1
+
+    def _timed(self, function: StepFunction) -> float:
+        """Seconds of one call on the capture stream, waited for."""
+        started = time.perf_counter()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()
+        self._stream.synchronize()
+        return time.perf_counter() - started
+
+    def _captured(self, n: int, function: StepFunction) -> tuple[torch.cuda.CUDAGraph, float]:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph, started = torch.cuda.CUDAGraph(), time.perf_counter()
+        pool: Any = self._pool.id  # a plain tuple, which torch types as a handle of its own
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                for _ in range(self._unroll):
+                    function()
+            except Exception as error:
+                with suppress(RuntimeError):  # the capture is invalid and has to be ended all the same
+                    graph.capture_end()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise CannotCapture(
+                    f"the step cannot be captured at batch size {n}: {str(error).splitlines()[0]}; "
+                    "`python -m fastdiff.bench doctor` names the operation, its file and line"
+                ) from error
+            graph.capture_end()
+        return graph, time.perf_counter() - started

@@ -15,3 +15,19 @@ class PlanMismatch(FastdiffError):
 
 class NumericalError(FastdiffError):
     """A request produced a value that is not finite."""
+
+
+class CannotCapture(FastdiffError):
+    """A CUDA graph was asked for where none is possible: no CUDA device, or a step that cannot be captured."""
+
+
+class StaleGraph(FastdiffError):
+    """The model is no longer the one that was captured: weights replaced, moved, wrapped or rescaled."""
+
+
+class RowsCoupled(FastdiffError):
+    """A model whose output for one request depends on what other requests of the batch hold."""
+
+
+class OutOfMemory(FastdiffError):
+    """The device has no room for what a plan asks for."""

@@ -8,29 +8,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from fastdiff import stages
-from fastdiff.capture import Mode, Steps
+from fastdiff.capture import Mode, Steps, smallest
 from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch
 from fastdiff.families import Family, family_of
+from fastdiff.isolation import Certificate, certify
 from fastdiff.noise import copy_generator, run_noise
 from fastdiff.plan import CapturePlan
+from fastdiff.profile import Choice, Profile, choose, profile_step
 from fastdiff.request import Request, Result
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
 
 
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of one runtime. What only CUDA can tell is None elsewhere."""
+
+    weights_bytes: int  # of the model that is called in every row; the pipeline's other parts are not counted
+    state_bytes: int  # all slots: rows, latents, noise, conditioning
+    conditioning_bytes: int  # the part of it that is conditioning
+    pool_bytes: int | None  # the graphs' activations, which all batch sizes share
+    graph_bytes: dict[int, int]  # by batch size: what its graph took beside the pool of the sizes before it
+    reserved_bytes: int | None  # by torch, for everything in the process
+    driver_bytes: int | None  # in use on the device, other processes included
+
+
 class Runtime:
     """Serves requests on `pipe`, any samplers, step counts, guidance scales and seeds mixed in one batch.
 
-    `mode` is how a step runs. `capacities` are fields of `CapturePlan` (`rows`, `memory`, `draws`, `batch_sizes`).
-    By default a step runs at exactly the occupied size in eager mode, and at the next power of two in compiled mode,
-    where each size costs a compilation when it is first used.
+    `mode` is how a step runs. "eager" runs at exactly the occupied size; "compiled" at the next power of two, where
+    each size costs a compilation when it is first used; "step-graph" and "loop-graph" replay CUDA graphs of one row and
+    of `unroll` rows, all captured here; "auto" measures a row and chooses, and `choice` says why.
+
+    The capacities come from `plan`, or from the pipeline and `max_batch`; `capacities` are fields of `CapturePlan` that
+    replace the plan's. Unless `certify` is False the model is asked here whether it treats the requests of a batch
+    apart, bit by bit; one that does not raises RowsCoupled.
 
     Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to one thread.
     Streams: all device work is enqueued on the caller's current stream, and nothing waits for it but the copy of
@@ -40,29 +59,84 @@ class Runtime:
     def __init__(
         self,
         pipe: Any,
-        max_batch: int = 8,
-        mode: Mode = "eager",
+        max_batch: int | None = None,
+        mode: Mode | Literal["auto"] = "eager",
         *,
+        plan: CapturePlan | None = None,
         height: int | None = None,
         width: int | None = None,
+        certify: bool = True,
+        progress: bool = False,
         **capacities: Any,
     ) -> None:
-        if not isinstance(max_batch, int) or max_batch < 1:
-            raise ValueError(f"max_batch: expected an integer >= 1, got {max_batch!r}")
         self.family: Family = family_of(pipe, height, width)
-        sizes = set(range(1, max_batch + 1))
-        if mode == "compiled":
-            sizes = {size for size in sizes if size.bit_count() == 1} | {max_batch}
-        self.plan = CapturePlan(
-            latent_shape=self.family.latent_shape,
-            dtype=self.family.dtype,
-            conditioning=self.family.conditioning,
-            **{"batch_sizes": tuple(sorted(sizes))} | capacities,
-        )
-        self.slots = Slots(self.plan, self.family.device)
-        self.steps = Steps(self.family.denoiser, self.slots, mode)
+        self.plan = _plan_for(self.family, max_batch, mode, plan, capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
+        self.choice: Choice | None = None
+        if mode == "auto":
+            self._make_room("eager", progress)
+            self.choice = choose(self.profile())
+            mode = self.choice.mode
+        if self.choice is None or mode != "eager":
+            self._make_room(mode, progress)
+        self.certificate = self._certify() if certify and self.plan.max_batch > 1 else None
+
+    def _make_room(self, mode: Mode, progress: bool) -> None:
+        self.slots = Slots(self.plan, self.family.device, planar=mode != "eager" and self.plan.compile != "none")
+        self.steps = Steps(self.family.denoiser, self.slots, mode, self.family.model, progress=progress)
+
+    def _certify(self) -> Certificate:
+        if self.steps.graphs is not None:
+            return certify(self.steps, self.slots, self.steps.graphs.sizes)
+        eager = Steps(self.family.denoiser, self.slots, "eager")  # a model couples rows in any mode; this compiles none
+        return certify(eager, self.slots, self.plan.batch_sizes[-1:])
+
+    def profile(self, n: int | None = None) -> Profile:
+        """What a row of n slots (all of them if None) costs, and what it waits for: see `fastdiff.profile`."""
+        sizes = self.steps.graphs.sizes if self.steps.graphs else self.plan.batch_sizes
+        size = smallest(sizes, self.plan.max_batch if n is None else n)
+        with self.session():
+            return profile_step(
+                lambda: self.steps(size),
+                self.family.denoiser,
+                self.slots.batch(size),
+                self._weights(),
+                self.steps.rows_per_call,
+            )
+
+    def _weights(self) -> list[Tensor]:
+        return [*self.family.model.parameters(), *self.family.model.buffers()]
+
+    def memory(self) -> MemoryUse:
+        """What this runtime takes, in bytes."""
+        graphs, cuda = self.steps.graphs, self.family.device.type == "cuda"
+        free, total = torch.cuda.mem_get_info(self.family.device) if cuda else (0, 0)
+        return MemoryUse(
+            weights_bytes=sum(tensor.nbytes for tensor in self._weights()),
+            state_bytes=self.slots.nbytes,
+            conditioning_bytes=self.slots.conditioning_bytes,
+            pool_bytes=graphs.pool_bytes if graphs else None,
+            graph_bytes={n: built.torch_bytes + built.driver_bytes for n, built in self.steps.built.items()},
+            reserved_bytes=torch.cuda.memory_reserved(self.family.device) if cuda else None,
+            driver_bytes=total - free if cuda else None,
+        )
+
+    def recapture(self) -> None:
+        """Capture all graphs anew, after the model's weights were replaced, moved, wrapped or rescaled."""
+        with self.session():
+            self.steps.recapture()
+
+    def capture(self, batch_size: int) -> None:
+        """Capture a batch size that the byte budget left out, in the place of less used ones."""
+        with self.session():
+            self.steps.capture(batch_size)
+
+    def close(self) -> None:
+        """Release graphs, compiled steps and all static memory; the runtime is of no use afterwards."""
+        with self.session():
+            self.steps.close()
+            del self.slots
 
     def supports(self, request: Request) -> str | None:
         """None if `generate` would take the request, else the reason why not. No model work."""
@@ -156,7 +230,35 @@ class Runtime:
             error = NumericalError(f"seed {request.seed}: the sample is not finite after {state.row} rows")
         else:
             state = stages.decode(self.family, state)
-        return Result(request=request, latents=state.sample, image=state.image, rows=state.row, error=error)
+        return Result(
+            request=request, latents=state.sample, image=state.image, rows=state.row, mode=self.steps.mode, error=error
+        )
+
+
+def _plan_for(
+    family: Family, max_batch: int | None, mode: str, plan: CapturePlan | None, capacities: Mapping[str, Any]
+) -> CapturePlan:
+    """The given plan, or the family's own, with `capacities` in place of its fields."""
+    if plan is not None:
+        if max_batch is not None:
+            raise ValueError("expected at most one of plan and max_batch; a plan has batch_sizes")
+        for name in ("latent_shape", "dtype", "conditioning"):
+            if getattr(plan, name) != getattr(family, name):
+                raise PlanMismatch(f"{name}: the pipeline has {getattr(family, name)}, the plan {getattr(plan, name)}")
+        return replace(plan, **capacities)
+    if max_batch is None:
+        max_batch = 8
+    if not isinstance(max_batch, int) or max_batch < 1:
+        raise ValueError(f"max_batch: expected an integer >= 1, got {max_batch!r}")
+    sizes = set(range(1, max_batch + 1))
+    if mode == "compiled":
+        sizes = {size for size in sizes if size.bit_count() == 1} | {max_batch}
+    return CapturePlan(
+        latent_shape=family.latent_shape,
+        dtype=family.dtype,
+        conditioning=family.conditioning,
+        **{"batch_sizes": tuple(sorted(sizes)), **capacities},
+    )
 
 
 @dataclass
@@ -197,8 +299,12 @@ class Session:
         return self._plan.max_batch - len(self._occupants)
 
     def add(self, state: RequestState) -> int:
-        """Copy a prepared state into the lowest free slot; the slot's number. PlanMismatch if none is free."""
+        """Copy a prepared state into the lowest free slot; the slot's number.
+
+        PlanMismatch if none is free or the state does not fit, StaleGraph if the model is not the captured one.
+        """
         self._check_open()
+        self._steps.check()
         if not self.free:
             raise PlanMismatch(f"all {self._plan.max_batch} slots are taken; take or cancel one, or raise max_batch")
         table, _ = state.prepared
@@ -214,16 +320,19 @@ class Session:
         return slot
 
     def step(self) -> list[int]:
-        """Advance every unfinished slot by one row; the finished slots that wait to be taken, in rising order."""
+        """Advance every unfinished slot by one row, in mode "loop-graph" by as many as a graph holds.
+
+        Returns the finished slots that wait to be taken, in rising order.
+        """
         self._check_open()
         running = {slot: one for slot, one in self._occupants.items() if one.row < one.end}
         for slot, occupant in running.items():
             self._draw_ahead(slot, occupant)
         if running:
             with torch.no_grad():
-                self._steps(self._plan.size_for(max(running) + 1))
+                self._steps(max(running) + 1)
         for occupant in running.values():
-            occupant.row += 1
+            occupant.row = min(occupant.row + self._steps.rows_per_call, occupant.end)
         return sorted(slot for slot, one in self._occupants.items() if one.row == one.end)
 
     def take(self, slot: int) -> RequestState:
@@ -275,7 +384,8 @@ class Session:
 
     def _draw_ahead(self, slot: int, occupant: _Occupant) -> None:
         """Fill the slot's ring with the noise of the coming rows, in diffusers' order, and keep the way back."""
-        if occupant.generator is None or occupant.drawn_to > occupant.row:
+        needed = min(occupant.row + self._steps.rows_per_call, occupant.end)
+        if occupant.generator is None or occupant.drawn_to >= needed:
             return
         occupant.before = occupant.generator.get_state()
         occupant.drawn_from = occupant.row
@@ -292,9 +402,7 @@ class Session:
         if tuple(latents.shape) != (table.memory, *self._plan.latent_shape):
             expected = (table.memory, *self._plan.latent_shape)
             raise PlanMismatch(f"latents: expected shape {expected}, got {tuple(latents.shape)}")
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.conditioning.items()}
-        if shapes != dict(self._plan.conditioning):
-            raise PlanMismatch(f"conditioning: expected {dict(self._plan.conditioning)}, got {shapes}")
+        self._plan.check_conditioning(state.conditioning)
 
     def _occupant(self, slot: int) -> _Occupant:
         self._check_open()

@@ -16,6 +16,16 @@ from fastdiff.table import StepTable
 
 torch.set_num_threads(1)  # two cores, shared: threads that wait for each other only add noise
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of CUDA are skipped, and say so, where torch finds no device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
 SAMPLERS: dict[str, dict[str, Any]] = {
     "EulerDiscreteScheduler": {},
     "EulerAncestralDiscreteScheduler": {},

@@ -1,54 +1,353 @@
-"""Compiled steps: the same result as eager ones, whatever the slots hold when they run."""
+"""Compiled and captured steps: the results of the same callable uncaptured, whatever the slots hold when they run."""
 
 from __future__ import annotations
 
+import gc
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from fastdiff.capture import Steps
+import fastdiff
+from fastdiff import Request, Runtime
+from fastdiff.capture import Mode, Regions, Steps, compiled, regional, smallest, step_function
+from fastdiff.errors import CannotCapture, OutOfMemory, PlanMismatch, StaleGraph
+from fastdiff.isolation import certify
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 from fastdiff.step import denoise_step
 from tests.conftest import LATENT_SHAPE, SAMPLERS, toy_model
 from tests.test_step import load_all, mixed_states
 
-PLAN = CapturePlan(latent_shape=LATENT_SHAPE, dtype=torch.float32, batch_sizes=(len(SAMPLERS),), rows=12)
+N = len(SAMPLERS)
+PLAN = CapturePlan(latent_shape=LATENT_SHAPE, dtype=torch.float32, batch_sizes=(1, 3, N), rows=12)
+
+
+def equal_slots(one: Slots, other: Slots) -> bool:
+    return all(torch.equal(one.read(slot, PLAN.memory).cpu(), other.read(slot, PLAN.memory).cpu()) for slot in range(N))
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode: expected 'eager' or 'compiled', got 'fast'"):
+    with pytest.raises(ValueError, match="mode: expected one of eager, compiled, step-graph, loop-graph, got 'fast'"):
         Steps(toy_model, Slots(PLAN, "cpu"), "fast")  # type: ignore[arg-type]
 
 
-def test_views_made_beforehand_change_no_bit() -> None:
-    n = len(SAMPLERS)
-    plain, viewed = Slots(PLAN, "cpu"), Slots(PLAN, "cpu")
+def test_modes_and_plans_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="'compiled' needs a plan whose compile is not 'none'"):
+        Steps(toy_model, Slots(replace(PLAN, compile="none"), "cpu"), "compiled")
+    with pytest.raises(ValueError, match="'loop-graph' needs unroll >= 2"):
+        Steps(toy_model, Slots(PLAN, "cpu"), "loop-graph")
+
+
+@pytest.mark.parametrize("mode", ["step-graph", "loop-graph"])
+def test_graphs_without_cuda_are_an_error_and_no_quiet_eager_run(pipe: Any, mode: Mode) -> None:
+    slots = Slots(replace(PLAN, unroll=2), "cpu")
+    with pytest.raises(CannotCapture, match="need a CUDA device, the model is on cpu"):
+        Steps(toy_model, slots, mode)
+    with pytest.raises(CannotCapture, match="need a CUDA device, the model is on cpu"):
+        Runtime(pipe, max_batch=1, mode=mode, unroll=2)
+
+
+def test_only_graph_modes_capture() -> None:
+    steps = Steps(toy_model, Slots(PLAN, "cpu"))
+    with pytest.raises(CannotCapture, match="mode 'eager' has no graphs"):
+        steps.recapture()
+    with pytest.raises(CannotCapture, match="mode 'eager' has no graphs"):
+        steps.capture(1)
+
+
+def test_the_smallest_size_that_holds_a_count() -> None:
+    assert [smallest((1, 2, 4), count) for count in (1, 2, 3, 4)] == [1, 2, 4, 4]
+    with pytest.raises(PlanMismatch, match="at most 4 slots, got 5"):
+        smallest((1, 2, 4), 5)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_views_made_beforehand_and_planes_apart_change_no_bit(planar: bool) -> None:
+    plain, viewed = Slots(PLAN, "cpu"), Slots(PLAN, "cpu", planar=planar)
     steps = Steps(toy_model, viewed, "eager")
     for slots in (plain, viewed):
         load_all(slots, mixed_states())
     for _ in range(10):
-        denoise_step(toy_model, plain.batch(n))
-        steps(n)
-        for slot in range(n):
-            assert torch.equal(plain.read(slot, PLAN.memory), viewed.read(slot, PLAN.memory))
+        denoise_step(toy_model, plain.batch(N))
+        steps(N)
+        assert equal_slots(plain, viewed)
 
 
 @pytest.mark.compiles
 def test_compiled_is_eager_and_no_coefficient_is_frozen() -> None:
     """One compiled callable serves tables, rows and latents that it was not compiled with."""
-    n = len(SAMPLERS)
-    eager_slots, compiled_slots = Slots(PLAN, "cpu"), Slots(PLAN, "cpu")
-    eager, compiled = Steps(toy_model, eager_slots, "eager"), Steps(toy_model, compiled_slots, "compiled")
+    eager_slots, compiled_slots = Slots(PLAN, "cpu"), Slots(PLAN, "cpu", planar=True)
+    eager, inductor = Steps(toy_model, eager_slots, "eager"), Steps(toy_model, compiled_slots, "compiled")
     for order in (1, -1):  # the second time every slot gets another table
         states = mixed_states()[::order]
         for slots in (eager_slots, compiled_slots):
             load_all(slots, states)
         for _ in range(10):
             with torch.no_grad():
-                eager(n)
-                compiled(n)
-            for slot in range(n):
+                eager(N)
+                inductor(N)
+            for slot in range(N):
                 torch.testing.assert_close(
                     compiled_slots.read(slot, PLAN.memory), eager_slots.read(slot, PLAN.memory), rtol=1e-5, atol=1e-5
                 )
-    assert compiled.compile_seconds.keys() == {n}
+    assert inductor.built[N].compile_s > eager.built[N].compile_s == 0
+
+
+@pytest.mark.compiles
+def test_the_step_outside_the_model_is_one_kernel_and_the_row_counter() -> None:
+    """Gather, input scale, all K updates and their writes in place are fused; what is left is `row + 1` of n numbers.
+
+    A null model leaves nothing between the head and the tail of a step. Inductor's C++ counts a loop nest twice, once
+    for its vector form.
+    """
+    from torch._inductor import metrics
+    from torch._inductor.utils import fresh_cache
+
+    slots = Slots(replace(PLAN, latent_shape=(4, 8, 8)), "cpu", planar=True)
+    metrics.reset()
+    with torch.no_grad(), fresh_cache():  # a cached kernel is not counted
+        Steps(lambda sample, timestep, conditioning, guidance: sample, slots, "compiled")(N)
+    assert metrics.generated_kernel_count == 4
+
+
+def test_twenty_variants_compile_in_one_process(caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo gives up after eight variants of one code object; each variant has a code object of its own."""
+    sizes = tuple(range(1, 21))
+    slots = Slots(replace(PLAN, batch_sizes=sizes), "cpu", planar=True)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        for n in sizes:
+            one = compiled(step_function(toy_model, slots.batch(n)), f"variant_{n}", "default", backend="eager")
+            for _ in range(2):
+                one()
+    assert not [record for record in caplog.records if "recompile" in record.getMessage()]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class Blocks(nn.Module):
+    """A model of repeated blocks, as diffusers marks them, and a denoiser of the same call."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, sample: Tensor, timestep: Tensor, conditioning: Any, guidance: Tensor) -> Tensor:
+        for block in self.blocks:
+            sample = block(sample)
+        return sample
+
+
+def test_regional_compilation_is_the_eager_step_and_leaves_the_model_as_it_was() -> None:
+    model = Blocks()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    eager_slots, slots = Slots(PLAN, "cpu"), Slots(PLAN, "cpu", planar=True)
+    eager = Steps(model, eager_slots, "eager")
+    for own in (eager_slots, slots):
+        load_all(own, mixed_states())
+    seen: list[int] = []
+    with torch.no_grad():
+        for n in (N, 3):
+            step = regional(model, slots.batch(n), model, "default", backend="eager")
+            for _ in range(4):
+                eager(n)
+                step()
+                seen.append(n)
+                assert equal_slots(eager_slots, slots)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    with Regions(model, N, "default", "eager"):
+        assert all(block._compiled_call_impl is not None for block in model.blocks)
+
+
+def test_regional_compilation_needs_repeated_blocks() -> None:
+    with pytest.raises(PlanMismatch, match="Linear names no _repeated_blocks"):
+        Regions(nn.Linear(1, 1), 1, "default", "eager")
+
+
+# CUDA
+
+
+@pytest.fixture
+def cuda_pipe() -> Iterator[Any]:
+    yield fastdiff.models.digits().to("cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def cuda_slots(**changes: Any) -> Slots:
+    return Slots(replace(PLAN, **{"compile": "none"} | changes), "cuda", planar=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", ["none", "default"])
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_captured_is_the_same_callable_uncaptured_bitwise(how: Any, unroll: int) -> None:
+    """Mixed samplers, then other tables in the same slots."""
+    uncaptured, captured = cuda_slots(compile=how, unroll=unroll), cuda_slots(compile=how, unroll=unroll)
+    plain = Steps(toy_model, uncaptured, "eager" if how == "none" else "compiled")
+    graphs = Steps(toy_model, captured, "step-graph" if unroll == 1 else "loop-graph")
+    assert graphs.graphs is not None
+    assert graphs.graphs.sizes == PLAN.batch_sizes
+    for order in (1, -1):
+        states = mixed_states()[::order]
+        for slots in (uncaptured, captured):
+            load_all(slots, states)
+        for _ in range(12 // unroll):
+            with torch.no_grad():
+                for _ in range(unroll):
+                    plain(N)
+                graphs(N)
+            assert equal_slots(uncaptured, captured)
+
+
+@pytest.mark.cuda
+def test_graphs_isolate_their_slots() -> None:
+    slots = Slots(replace(PLAN, compile="none", batch_sizes=(3, 5, 8)), "cuda", planar=True)
+    assert certify(Steps(toy_model, slots, "step-graph"), slots, (3, 5, 8)).batch_sizes == (3, 5, 8)
+
+
+@pytest.mark.cuda
+def test_replays_wait_for_nothing_and_allocate_nothing() -> None:
+    slots = cuda_slots()
+    steps = Steps(toy_model, slots, "step-graph")
+    load_all(slots, mixed_states())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for count in (N, 1, 2, 3, N):
+            steps(count)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert steps.graphs is not None
+    assert (steps.graphs.counters.hits, steps.graphs.counters.misses) == (4, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: str) -> None:
+    """Real mixed requests of four rows and more, a third of them cancelled or forked."""
+    pipe = fastdiff.models.digits().to(device)
+    mode: Mode = "eager" if device == "cpu" else "step-graph"
+    runtime = Runtime(pipe, max_batch=8, mode=mode, compile="none")
+    names = ("DDIM", "EulerAncestral", "UniPCMultistep", "DPMSolverMultistep", "Heun")
+    encoded = runtime.prepare(Request(prompt="a handwritten two"))
+    embeds = encoded.conditioning["prompt_embeds"]
+
+    def serve(first: int, last: int) -> None:
+        with runtime.session() as session:
+            for number in range(first, last):
+                while not session.free:
+                    for slot in session.step():
+                        session.take(slot)
+                request = Request(
+                    prompt_embeds=embeds[1],
+                    negative_prompt_embeds=embeds[0],
+                    steps=4 + number % 3,
+                    seed=number,
+                    scheduler=names[number % len(names)],
+                )
+                slot = session.add(runtime.prepare(request))
+                if number % 6 == 0:
+                    session.cancel(slot)
+                elif number % 6 == 3:
+                    session.step()
+                    if session.free:
+                        session.add(session.fork(slot))
+
+    def held() -> tuple[int, ...]:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        # By type: isinstance would ask every lazy proxy of every library for its class.
+        return (sum(one.nbytes for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)),)
+
+    for count in range(1, 9):
+        runtime.steps(count)  # every size has been used
+    serve(0, 50)
+    addresses, before = [tensor.data_ptr() for tensor in runtime.slots.tensors()], held()
+    serve(50, 1050)
+    assert [tensor.data_ptr() for tensor in runtime.slots.tensors()] == addresses
+    assert held() == before
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["step-graph", "loop-graph"])
+def test_a_graphed_runtime_makes_the_images_of_an_eager_one(cuda_pipe: Any, mode: Mode) -> None:
+    requests = [
+        Request(prompt=f"a handwritten {word}", steps=3 + seed, seed=seed, scheduler=name)
+        for seed, (word, name) in enumerate(zip(("one", "two", "six", "nine"), list(SAMPLERS)[:4], strict=True))
+    ]
+    eager = Runtime(cuda_pipe, max_batch=4).generate(requests)
+    graphed = Runtime(cuda_pipe, max_batch=4, mode=mode, compile="none", unroll=4).generate(requests)
+    for one, other in zip(eager, graphed, strict=True):
+        assert one.mode == "eager"
+        assert other.mode == mode
+        assert torch.equal(one.latents, other.latents)
+
+
+@pytest.mark.cuda
+def test_stale_graphs_are_refused_until_recaptured(cuda_pipe: Any) -> None:
+    runtime = Runtime(cuda_pipe, max_batch=1, mode="step-graph", compile="none")
+    request = Request(prompt="a handwritten four", steps=4)
+    with torch.no_grad():
+        cuda_pipe.unet.conv_in.weight.mul_(0.9)  # in place: the graph sees it
+    changed = runtime.generate([request])[0].latents
+    assert torch.equal(changed, Runtime(cuda_pipe, max_batch=1).generate([request])[0].latents)
+    cuda_pipe.unet.conv_in.weight = nn.Parameter(cuda_pipe.unet.conv_in.weight * 0.5)
+    with pytest.raises(StaleGraph, match=r"conv_in.*recapture\(\)"):
+        runtime.generate([request])
+    runtime.recapture()
+    assert not torch.equal(runtime.generate([request])[0].latents, changed)
+
+
+@pytest.mark.cuda
+def test_the_byte_budget_is_settled_in_the_constructor() -> None:
+    slots = cuda_slots()
+    free = Steps(toy_model, slots, "step-graph").graphs
+    assert free is not None
+    assert free.nbytes > 0
+    with pytest.raises(OutOfMemory, match=f"the graph of batch size {N} takes"):
+        Steps(toy_model, cuda_slots(graph_bytes=0), "step-graph")
+
+
+@pytest.mark.cuda
+def test_a_step_that_cannot_be_captured_says_why() -> None:
+    def reads(sample: Tensor, timestep: Tensor, conditioning: Any, guidance: Tensor) -> Tensor:
+        return sample * timestep.max().item()
+
+    with pytest.raises(CannotCapture, match="cannot be captured at batch size"):
+        Steps(reads, cuda_slots(), "step-graph")
+    assert torch.ones(3, device="cuda").sum().item() == 3  # and the device is as usable as before
+
+
+@pytest.mark.cuda
+def test_releasing_a_runtime_gives_everything_back(cuda_pipe: Any) -> None:
+    def used() -> tuple[int, int]:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    Runtime(cuda_pipe, max_batch=2).generate([Request(prompt="a handwritten two", steps=2)])  # what libraries keep
+    before = used()
+    runtime = Runtime(cuda_pipe, max_batch=4, mode="step-graph", compile="none")
+    assert runtime.memory().pool_bytes
+    assert used() > before
+    runtime.close()
+    del runtime
+    assert used() == before

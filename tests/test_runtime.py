@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import NotLinear, NumericalError, PlanMismatch, Request, RequestState, Runtime, Session, stages
+from fastdiff import (
+    CapturePlan,
+    NotLinear,
+    NumericalError,
+    PlanMismatch,
+    Request,
+    RequestState,
+    Runtime,
+    Session,
+    stages,
+)
 from fastdiff.noise import copy_generator
 from fastdiff.stages import scheduler_of
 
@@ -133,7 +144,7 @@ def test_bad_constructor_arguments_are_refused(pipe: Any) -> None:
         Runtime(pipe, max_batch=0)
     with pytest.raises(PlanMismatch, match="divisible by"):
         Runtime(pipe, height=33, width=32)
-    with pytest.raises(PlanMismatch, match="expected one of StableDiffusionPipeline, got str"):
+    with pytest.raises(PlanMismatch, match=r"expected one of .*StableDiffusionPipeline.*, got str"):
         Runtime("pipe")
 
 
@@ -141,6 +152,49 @@ def test_another_size_than_the_models_own(pipe: Any) -> None:
     result = Runtime(pipe, max_batch=1, height=64, width=32).generate([MIXED[0]])[0]
     assert result.image is not None
     assert result.image.shape[1:] == (64, 32)
+
+
+# Modes, plans and memory
+
+
+def test_auto_says_what_it_chose_and_why(pipe: Any) -> None:
+    runtime = Runtime(pipe, max_batch=2, mode="auto")
+    assert runtime.choice is not None
+    assert (runtime.choice.mode, runtime.steps.mode) == ("eager", "eager")
+    assert "graphs need a CUDA device" in runtime.choice.reason
+    assert runtime.generate([MIXED[0]])[0].mode == "eager"
+    assert Runtime(pipe, max_batch=2).choice is None
+
+
+def test_a_plan_is_taken_as_it_is_or_refused(pipe: Any) -> None:
+    plan = CapturePlan.load("digits")
+    runtime = Runtime(pipe, plan=plan, memory=6)
+    assert runtime.plan == replace(plan, memory=6)
+    assert runtime.generate([MIXED[0]])[0].error is None
+    with pytest.raises(PlanMismatch, match="latent_shape: the pipeline has"):
+        Runtime(pipe, plan=CapturePlan.load("sd15-512"))
+    with pytest.raises(ValueError, match="at most one of plan and max_batch"):
+        Runtime(pipe, 4, plan=plan)
+
+
+def test_memory_is_what_the_tensors_take(pipe: Any) -> None:
+    runtime = Runtime(pipe, max_batch=2, certify=False)
+    memory = runtime.memory()
+    assert memory.weights_bytes == sum(weight.nbytes for weight in pipe.unet.parameters())
+    assert memory.state_bytes == sum(tensor.nbytes for tensor in runtime.slots.tensors())
+    assert memory.conditioning_bytes == 2 * 2 * 16 * 64 * 4
+    assert (memory.pool_bytes, memory.reserved_bytes, memory.driver_bytes) == (None, None, None)
+    runtime.close()
+    assert not hasattr(runtime, "slots")
+
+
+def test_a_profile_leaves_the_slots_as_they_were(runtime: Runtime) -> None:
+    before = [tensor.clone().view(torch.uint8) for tensor in runtime.slots.tensors()]  # bits: slots may hold NaN
+    profile = runtime.profile(2)
+    assert (profile.n, profile.regime, profile.launches) == (2, None, None)
+    assert profile.operations > 100
+    after = [tensor.view(torch.uint8) for tensor in runtime.slots.tensors()]
+    assert all(map(torch.equal, before, after))
 
 
 # Runtime.denoise, the seam for hosts with stages of their own
@@ -175,7 +229,7 @@ def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
         runtime.denoise(latents, conditioning, table, [1.0, 2.0])
     with pytest.raises(ValueError, match="draws noise: the state needs a generator"):
         runtime.denoise(latents, conditioning, table)
-    with pytest.raises(PlanMismatch, match="conditioning: expected"):
+    with pytest.raises(PlanMismatch, match=r"conditioning prompt_embeds: expected \(2, 16, 64\) float32, got none"):
         runtime.denoise(latents, {}, table)
     with pytest.raises(PlanMismatch, match="latents: expected shape"):
         runtime.denoise(latents[:, :2], conditioning, table)

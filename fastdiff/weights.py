@@ -1,0 +1,94 @@
+"""What a captured graph froze of a model, and whether it is still so.
+
+A graph reads weights by address and has every Python number of the model baked in: a LoRA scale, an IP-Adapter scale,
+which adapter is active, which hook runs. Values written in place stay visible to it; everything else does not.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_TREE = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training", *_TREE, *_HOOKS}  # gradients, state dicts: no forward sees them
+
+_Address = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+_MISSING = object()
+
+
+class Weights:
+    """The tree of `model` as it is now: modules, tensors' addresses, hooks, and the plain numbers they keep.
+
+    `changed` takes well under a millisecond for a UNet of 700 modules, so it can be asked once per request.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._dicts: list[tuple[str, dict[Any, Any], int]] = []  # name, a dict that is watched, its length
+        self._entries: list[tuple[str, dict[Any, Any], Any, Any]] = []  # name, dict, key, value: must be the same
+        self._tensors: list[tuple[str, Tensor, _Address]] = []
+        self._lists: list[tuple[str, list[Any], list[Any]]] = []
+        for name, module in model.named_modules() if model is not None else ():
+            self._watch_object(name or type(module).__name__, vars(module), _OF_TORCH)
+            for tree in (*_TREE, *_HOOKS):
+                self._watch_dict(f"{name}.{tree}" if name else tree, vars(module)[tree])
+
+    def changed(self) -> str | None:
+        """What is no longer as it was, by its name in the model; None if a graph still computes the same function."""
+        for name, entries, length in self._dicts:
+            if len(entries) != length:
+                return f"{name} has {len(entries)} entries, had {length}"
+        for name, entries, key, value in self._entries:
+            now = entries.get(key, _MISSING)
+            if now is not value and not (type(now) is type(value) and isinstance(now, _SCALARS) and now == value):
+                return f"{name} was {_spell(value)}, is {_spell(now)}"
+        for name, tensor, address in self._tensors:
+            if _address(tensor) != address:
+                return f"{name} was moved, resized or cast"
+        for name, values, before in self._lists:
+            if len(values) != len(before) or any(a is not b and a != b for a, b in zip(values, before, strict=True)):
+                return f"{name} was {before}, is {values}"
+        return None
+
+    def _watch_object(self, name: str, attributes: dict[str, Any], but: frozenset[str]) -> None:
+        own = {key: value for key, value in attributes.items() if key not in but}
+        self._dicts.append((name, attributes, len(attributes)))
+        for key, value in own.items():
+            if key not in (*_TREE, *_HOOKS):
+                self._watch(f"{name}.{key}", attributes, key, value)
+
+    def _watch_dict(self, name: str, entries: dict[Any, Any]) -> None:
+        self._dicts.append((name, entries, len(entries)))
+        for key, value in entries.items():
+            self._watch(f"{name}[{key!r}]", entries, key, value)
+
+    def _watch(self, name: str, holder: dict[Any, Any], key: Any, value: Any) -> None:
+        self._entries.append((name, holder, key, value))
+        if isinstance(value, Tensor):
+            self._tensors.append((name, value, _address(value)))
+        elif type(value) is dict:
+            self._watch_dict(name, value)
+        elif type(value) is list:
+            if all(isinstance(item, _SCALARS) for item in value):  # IP-Adapter scales, and whatever else counts
+                self._lists.append((name, value, list(value)))
+        elif _is_processor(value):
+            self._watch_object(name, vars(value), frozenset())
+
+
+def _is_processor(value: Any) -> bool:
+    """Attention processors and their like: plain objects of diffusers or the user that a module calls."""
+    return callable(value) and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, FunctionType))
+
+
+def _address(tensor: Tensor) -> _Address:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _spell(value: Any) -> str:
+    if value is _MISSING:
+        return "gone"
+    return repr(value) if isinstance(value, _SCALARS) else f"another {type(value).__name__}"
