@@ -1,0 +1,162 @@
+"""`python -m fastdiff.bench profile`: what one row costs, where, and whether CUDA graphs pay on this model and card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from fastdiff.bench.arguments import device, folder, pipeline, positive
+from fastdiff.errors import FastdiffError
+from fastdiff.profile import Profile, break_even, choose
+from fastdiff.request import Request
+from fastdiff.runtime import Runtime
+from fastdiff.stages import table_of
+
+SCHEMA = "fastdiff.profile/1"
+NEEDS_CUDA = "needs CUDA"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --device, --batch and --json."""
+    parser.add_argument(
+        "model", nargs="?", type=folder, metavar="MODEL", help="a saved diffusers pipeline (default: digits)"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="requests in a row (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Profile, print; 0, or 4 where the row could not be captured."""
+    pipe, name = pipeline(options.model, options.device)
+    report = {"schema": SCHEMA, "model": name, **measure(pipe, options.batch)}
+    if options.json:
+        sys.stdout.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    else:
+        print_report(report)
+    return 4 if report["unsupported"] else 0
+
+
+def measure(pipe: Any, n: int) -> dict[str, Any]:
+    """The profile of an eager row of n requests and, on CUDA, of its graph; as JSON knows it."""
+    runtime = Runtime(pipe, max_batch=n, mode="eager", batch_sizes=(n,), certify=False)
+    eager = runtime.profile()
+    rows = len(table_of(runtime.family, Request(prompt="")))
+    runtime.close()
+    graph, unsupported = None, None
+    if eager.gpu is not None:
+        try:
+            graph = _capture(pipe, eager, rows)
+        except FastdiffError as error:
+            unsupported = f"{type(error).__name__}: {error}"
+    choice = choose(eager, graph["nbytes"] if graph else None)
+    return {
+        "eager": asdict(eager),
+        "choice": asdict(choice),
+        "rows": rows,
+        "graph": graph,
+        "unsupported": unsupported,
+    }
+
+
+def _capture(pipe: Any, eager: Profile, rows: int) -> dict[str, Any]:
+    """The replay, what it saves and what it cost. Nothing is compiled: a compiler's gain is not the graph's."""
+    runtime = Runtime(pipe, max_batch=eager.n, mode="step-graph", batch_sizes=(eager.n,), compile="none", certify=False)
+    replay, built = runtime.profile(), runtime.steps.built[eager.n]
+    runtime.close()
+    capture_s = built.compile_s + built.warm_up_s + built.capture_s
+    return {
+        "profile": asdict(replay),
+        "gain": eager.row_s / replay.row_s,
+        "capture_s": capture_s,
+        "nbytes": built.torch_bytes + built.driver_bytes,
+        "break_even_images": break_even(capture_s, eager.row_s - replay.row_s, rows / eager.n),
+    }
+
+
+# The page
+
+_FIGURES = {
+    "launches": ("launches: kernels, copies, fills", ""),
+    "row_s": ("time of a row", "s"),
+    "host_s": ("host time", "s"),
+    "device_s": ("device time", "s"),
+    "busy": ("device busy", "%"),
+    "regime": ("regime", ""),
+}
+"""What differs between modes, by field of a profile: label and unit."""
+_COUNTS = {
+    "operations": ("operations", ""),
+    "flops": ("FLOPs", "FLOP"),
+    "floor_bytes": ("bytes, at the least", "B"),
+    "traffic_bytes": ("bytes, operation by operation", "B"),
+    "floor_s": ("floor of any mode", "s"),
+    "roofline_s": ("floor of eager mode", "s"),
+}
+"""What is of the row, in whatever mode."""
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """One table and two sentences on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    eager, graph = report["eager"], report["graph"]
+    title = f"A row of {eager['n']}: {report['model']}, {eager['dtype']}, {eager['gpu'] or 'cpu'}"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in ("eager", "graph") if graph else ("eager",):
+        table.add_column(heading, justify="right", overflow="fold")
+    for cells in _cells(eager, graph):
+        table.add_row(*cells)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for label, sentence in _sentences(report):
+        console.print(f"{label}: {sentence}.", markup=False, highlight=False)
+
+
+def _cells(eager: dict[str, Any], graph: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
+    for name, (label, unit) in _FIGURES.items():
+        modes = [eager, graph["profile"]] if graph else [eager]
+        yield label, *(_figure(mode, name, unit) for mode in modes)
+    for name, (label, unit) in _COUNTS.items():
+        yield label, _figure(eager, name, unit)
+
+
+def _sentences(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    choice, graph = report["choice"], report["graph"]
+    if report["eager"]["gpu"] is None:
+        yield "Do graphs pay", f"{NEEDS_CUDA}: {choice['reason']}"
+        yield "Break-even", NEEDS_CUDA
+        return
+    yield "Do graphs pay", f"{'yes' if choice['mode'] == 'step-graph' else 'no'}; {choice['reason']}"
+    if graph is None:
+        yield "Not captured", report["unsupported"]
+        return
+    images = graph["break_even_images"]
+    yield "Measured", f"{graph['gain']:.3g} times as fast as a graph, for {prefixed(graph['nbytes'], 'B')}"
+    paid_back = "never paid back" if images is None else f"paid back after {images:.3g} images of {report['rows']} rows"
+    yield "Break-even", f"{prefixed(graph['capture_s'], 's')} to capture, {paid_back}"
+
+
+def _figure(profile: dict[str, Any], name: str, unit: str) -> str:
+    value = profile[name]
+    if value is None:
+        unknown = f"no rates for it in {profile['dtype']}" if name in ("floor_s", "roofline_s") else "not seen"
+        return unknown if profile["gpu"] else NEEDS_CUDA
+    if unit == "%":
+        return f"{value:.0%}"
+    return prefixed(value, unit) if unit else str(value)
+
+
+def prefixed(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix: 0.0123, "s" -> 12.3 ms."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m")):
+        if value >= 0.9995 * factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
