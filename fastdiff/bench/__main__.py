@@ -4,23 +4,62 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from fastdiff.bench import profile
+from fastdiff.bench.arguments import Parser, device, folder, pipeline, plain_name, positive, refuse, scheduler
 
 SCHEMA = "fastdiff.bench/1"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; its exit code: 0, 2 for arguments that make no sense, 4 where a case could not be measured."""
-    options = _parser().parse_args(arguments)
+    """The command line; its exit code: 0, 2 for arguments that make no sense, others as each command says."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given.insert(0, "run")
+    options = _parser().parse_args(given)
     if find_spec("rich") is None:
-        _refuse("rich is missing: pip install 'fastdiff-runtime[bench]'")
+        refuse("rich is missing: pip install 'fastdiff-runtime[bench]'")
+    code: int = options.main(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m fastdiff.bench",
+        description="Measures what each way of owning a scheduler costs. Without a command: run, with run's options.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, add, call, text in (
+        ("run", _add_arguments, _run, "the whole suite, or --quick"),
+        ("profile", profile.add_arguments, profile.main, "what a row costs and whether graphs pay"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add(command)
+        command.set_defaults(main=call)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="the model eager throughout, within a minute")
+    parser.add_argument("--json", action="store_true", help="print the report's JSON instead of tables")
+    parser.add_argument("--model", type=folder, metavar="DIR", help="a saved diffusers pipeline (default: digits)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="requests at once in concurrent cases")
+    parser.add_argument("--scheduler", type=scheduler, metavar="NAME", help="this sampler alone, in every case")
+    parser.add_argument("--steps", type=positive, metavar="N", help="denoising steps, in every case")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts' latents, noise and the order of arms")
+    parser.add_argument("--save", type=plain_name, metavar="NAME", help="write reports/NAME/ as well")
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Measure, print and write; 0, or 4 where a case could not be measured."""
     report = _measure(options)
     text = json.dumps(report, indent=1, allow_nan=False)
 
@@ -29,45 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = [Path("reports", "runs", time.strftime("%Y%m%d-%H%M%S"))]
     if options.save:
         folders.append(Path("reports", options.save))
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    for place in folders:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "report.json").write_text(text + "\n", encoding="utf-8")
+        (place / "report.md").write_text(markdown(report), encoding="utf-8")
     if options.json:
         sys.stdout.write(text + "\n")
     else:
         print_tables(report)
-    sys.stderr.write("".join(f"wrote {folder / 'report.md'}\n" for folder in folders))
+    sys.stderr.write("".join(f"wrote {place / 'report.md'}\n" for place in folders))
     for failed in report["unsupported"]:
         sys.stderr.write(f"not measured: {failed['what']}: {failed['reason']}\n")
     return 4 if report["unsupported"] else 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        _refuse(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m fastdiff.bench",
-        description="Measures what each way of owning a scheduler costs. Without arguments: the whole suite.",
-    )
-    parser.add_argument("command", nargs="?", choices=["run"], default="run", help="what to do (default: run)")
-    parser.add_argument("--quick", action="store_true", help="the model eager throughout, within a minute")
-    parser.add_argument("--json", action="store_true", help="print the report's JSON instead of tables")
-    parser.add_argument(
-        "--model", type=_folder, metavar="DIR", help="a saved StableDiffusionPipeline (default: digits)"
-    )
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--batch", type=_positive, metavar="N", help="requests at once in concurrent cases")
-    parser.add_argument("--scheduler", type=_scheduler, metavar="NAME", help="this sampler alone, in every case")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="denoising steps, in every case")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts' latents, noise and the order of arms")
-    parser.add_argument("--save", type=_name, metavar="NAME", help="write reports/NAME/ as well")
-    return parser
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,10 +89,16 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from fastdiff.bench import machine, run, suite
     from fastdiff.bench.summary import summarize
+    from fastdiff.errors import FastdiffError
+    from fastdiff.families import family_of
 
     name = "quick" if options.quick else "run"
     chosen = suite.load(name).override(batch=options.batch, scheduler=options.scheduler, steps=options.steps)
-    pipe, model_name = _pipeline(options)
+    pipe, model_name = pipeline(options.model, options.device)
+    try:
+        family_of(pipe)
+    except FastdiffError as error:
+        refuse(f"--model: {error}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,80 +139,6 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         **raw,
     }
     return {**report, "summary": summarize(report)}
-
-
-def _pipeline(options: argparse.Namespace) -> tuple[Any, str]:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):  # the command's own progress bar is enough
-        logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    if options.model is None:
-        from fastdiff.models import digits
-
-        pipe, name = digits(), "fastdiff.models.digits"
-    else:
-        from diffusers import StableDiffusionPipeline
-
-        try:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                options.model, local_files_only=True, low_cpu_mem_usage=False
-            )
-        except Exception as error:  # a folder can be wrong in as many ways as diffusers has exceptions
-            _refuse(f"--model: {options.model} is not a saved StableDiffusionPipeline: {str(error).splitlines()[0]}")
-        name = options.model.name
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(options.device), name
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if not (path / "model_index.json").is_file():
-        raise argparse.ArgumentTypeError(f"expected a folder with a model_index.json, got {text!r}")
-    return path
-
-
-def _device(text: str) -> str:
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"torch finds no such CUDA device as {text!r}")
-    return text
-
-
-def _scheduler(text: str) -> str:
-    from fastdiff.errors import NotLinear
-    from fastdiff.stages import scheduler_class
-
-    try:
-        scheduler_class(text)
-    except (NotLinear, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) or text == "runs":
-        raise argparse.ArgumentTypeError(f"expected a plain folder name other than 'runs', got {text!r}")
-    return text
-
-
-def _refuse(message: str) -> NoReturn:
-    sys.stderr.write(f"python -m fastdiff.bench: error: {message}\n")
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
