@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastdiff.audit import on_host
 from fastdiff.bench.rows import RowBench, counts, memory
 from fastdiff.bench.suite import CountCase, MemoryCase
-from fastdiff.bench.vram import EmulatedDevice, reachable_tensors, storage_bytes
+from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
 
 
 def test_every_tensor_is_found_once_however_deep() -> None:
@@ -28,34 +29,31 @@ def test_views_share_their_storage() -> None:
 
 
 def test_what_comes_of_a_device_tensor_is_on_the_device() -> None:
-    device = EmulatedDevice()
-    latent, host = torch.ones(4), torch.ones(4)
-    device.put(latent)
+    device = CountingDevice()
+    latent, host = device.put(torch.ones(4)), torch.ones(4)
     with device:
         derived, other = (latent * 2)[1:], host * 2
-    assert device.holds(derived)
-    assert not device.holds(other)
+    assert not on_host(derived)
+    assert on_host(other)
     assert device.operations == 2  # the slice is a view
     assert device.syncs == 0
 
 
 def test_host_reads_of_device_tensors_are_syncs() -> None:
-    device = EmulatedDevice()
-    timestep, alphas = torch.tensor(3), torch.arange(10.0)
-    device.put(timestep)
+    device = CountingDevice()
+    timestep, alphas = device.put(torch.tensor(3)), torch.arange(10.0)
     with device:
         alpha = alphas[timestep]  # indexing a host tensor by a device one
         bool(timestep >= 0)
         (torch.arange(5) == timestep).nonzero()
         alphas.sum().item()  # a host tensor costs nothing
     assert device.syncs == 3
-    assert not device.holds(alpha)
+    assert on_host(alpha)
 
 
 def test_the_peak_counts_what_was_alive_at_once() -> None:
-    device = EmulatedDevice()
-    latent = torch.ones(100)
-    device.put(latent)
+    device = CountingDevice()
+    latent = device.put(torch.ones(100))
     with device:
         first = latent * 2
         second = first + latent
