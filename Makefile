@@ -29,7 +29,7 @@ types: $(READY)
 test: lint types
 	$(BIN)/python -m pytest
 
-# The whole product of the scheduler matrix, which `make test` samples pairwise: about half an hour on two cores.
+# The whole product of the scheduler matrix, which `make test` samples pairwise: ten minutes on two idle cores.
 oracle: $(READY)
 	$(BIN)/python -m tests.oracle --full --out reports/oracle
 
