@@ -31,3 +31,14 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
     scale = scale.view(-1, *[1] * (conditional.ndim - 1))
     unconditional, conditional = unconditional.float(), conditional.float()
     return torch.where(scale == 1, conditional, unconditional + scale * (conditional - unconditional))
+
+
+def rescale(guided: Tensor, conditional: Tensor, phi: Tensor) -> Tensor:
+    """Guidance brought back towards the deviation of the conditional output, Lin et al. 2023 (arXiv 2305.08891, 3.4).
+
+    `phi` [n], per sample; where it is 0 the guided output [n, C, H, W] float32 passes unchanged.
+    """
+    phi = phi.view(-1, *[1] * (guided.ndim - 1))
+    dimensions = list(range(1, guided.ndim))
+    ratio = conditional.float().std(dimensions, keepdim=True) / guided.std(dimensions, keepdim=True)
+    return torch.where(phi == 0, guided, phi * (guided * ratio) + (1 - phi) * guided)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
 
@@ -21,14 +21,16 @@ class Request:
     `scheduler` is a diffusers scheduler, the name of one with or without `Scheduler` and `Discrete` ("Euler",
     "UniPCMultistep"), or None for the pipeline's; it is read and never changed. `timesteps` and `sigmas` are custom
     schedules in its terms, `scheduler_options` whatever else its `set_timesteps` and `step` take by name (`eta`,
-    `s_churn`, `mu`). A `guidance_scale` of 1 or less means no guidance. `seed` makes the initial latents and the step
-    noise, in diffusers' order, so the same seed gives diffusers' image; `latents` [C, H, W] replaces the first draw.
+    `s_churn`, `mu`). A `guidance_scale` of 1 or less means no guidance, but to a model that takes it as an input.
+    `seed` makes the initial latents and the step noise, in diffusers' order, so the same seed gives diffusers' image;
+    `latents` replaces the first draw, in the shape that the family's latents have.
     """
 
     prompt: str | None = None
     negative_prompt: str | None = None
-    steps: int | None = None  # 50 unless timesteps or sigmas say otherwise
+    steps: int | None = None  # as many as the pipeline makes, 50 for most, unless timesteps or sigmas say otherwise
     guidance_scale: float = 7.5
+    guidance_rescale: float | None = None  # 0 to 1, SDXL's; None is 0
     seed: int = 0
     scheduler: Any = None
     timesteps: Sequence[float] | None = None
@@ -36,8 +38,10 @@ class Request:
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_embeds: Tensor | None = None  # [L, D]
     negative_prompt_embeds: Tensor | None = None  # [L, D]
+    pooled_prompt_embeds: Tensor | None = None  # [D], beside prompt_embeds where the pipeline has them
+    negative_pooled_prompt_embeds: Tensor | None = None  # [D]
     class_label: int | str | None = None  # of a class-conditional model: its number or one of its words
-    latents: Tensor | None = None  # [C, H, W], standard normal, not yet scaled
+    latents: Tensor | None = None  # [C, H, W] or packed, standard normal, not yet scaled
 
     def __post_init__(self) -> None:
         if sum(asked is not None for asked in (self.prompt, self.prompt_embeds, self.class_label)) != 1:
@@ -52,6 +56,13 @@ class Request:
             raise ValueError("expected at most one of timesteps and sigmas")
         if not isinstance(self.guidance_scale, (int, float)) or not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
+        for pooled in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+            embeds = pooled.replace("pooled_", "")
+            if getattr(self, pooled) is not None and getattr(self, embeds) is None:
+                raise ValueError(f"{pooled}: expected {embeds} beside them, got none")
+        phi = self.guidance_rescale
+        if phi is not None and not (isinstance(phi, (int, float)) and 0 <= phi <= 1):
+            raise ValueError(f"guidance_rescale: expected a number from 0 to 1, got {self.guidance_rescale!r}")
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected a 64-bit integer, got {self.seed!r}")
 
@@ -68,6 +79,11 @@ class Request:
                 raise PlanMismatch(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+    def with_steps(self, default: int) -> Request:
+        """This request, of `default` steps where it says nothing about its schedule."""
+        unsaid = self.steps is None and self.timesteps is None and self.sigmas is None
+        return replace(self, steps=default) if unsaid else self
 
     @property
     def schedule(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def encode(family: Family, state: RequestState) -> RequestState:
     return replace(
         state,
         conditioning=conditioning,
-        guidance_scale=float(request.guidance_scale) if request.guided else 1.0,
+        guidance_scale=family.guidance(request),
         dtype=family.dtype,
     )
 
@@ -43,7 +43,7 @@ def prepare_latents(family: Family, state: RequestState) -> RequestState:
     request = _asked(state)
     generator = seeded(request.seed)
     if request.latents is None:
-        sample = normal(generator, family.latent_shape, family.dtype, family.device)
+        sample = family.noise(lambda shape: normal(generator, shape, family.dtype, family.device))
     else:
         sample = request.latents.to(family.device, family.dtype)
     latents = state.table.init(sample * state.table.init_noise_sigma)
@@ -82,7 +82,8 @@ def decode(family: Family, state: RequestState) -> RequestState:
 
 def table_of(family: Family, request: Request) -> StepTable:
     """The request's step table, from its own scheduler, the one that it names, or the pipeline's."""
-    return tabulate(scheduler_of(family.scheduler, request.scheduler), **request.schedule)
+    scheduler = scheduler_of(family.scheduler, request.scheduler)
+    return tabulate(scheduler, **family.schedule(request, scheduler))
 
 
 def scheduler_of(template: Any, wanted: Any) -> Any:

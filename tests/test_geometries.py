@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fastdiff.audit import audit
 from fastdiff.models.geometries import GEOMETRIES, Geometry, Inputs, geometry
 from fastdiff.slots import Slots
 from fastdiff.step import denoise_step
@@ -40,7 +41,7 @@ def without_gradients() -> Iterator[None]:
 
 
 def test_a_name_that_is_none_is_refused_with_all_that_are() -> None:
-    with pytest.raises(ValueError, match=r"expected one of sd15-512, .*, tiny-flux-dev-1024, got 'sd3'"):
+    with pytest.raises(ValueError, match=r"expected one of sd15-512, .*, tiny-qwen-image-1024, got 'sd3'"):
         geometry("sd3", "cpu", torch.float32)
 
 
@@ -56,6 +57,13 @@ def test_dit_has_them_too_but_for_the_embedding_that_diffusers_keeps_in_every_bl
     model: Any = on_meta("dit-xl-256").model
     repeated = sum(count(block.norm1.emb) for block in model.transformer_blocks[1:])
     assert abs(count(model) - repeated - 675e6) < 1e6
+
+
+@pytest.mark.parametrize(("name", "about"), [("sd35-medium-1024", 2.5e9), ("qwen-image-1024", 20e9)])
+def test_these_are_as_large_as_their_publishers_round_them(name: str, about: float) -> None:
+    """Positions that are stored with the weights are counted with them."""
+    model = on_meta(name).model
+    assert abs(sum(tensor.numel() for tensor in model.state_dict().values()) - about) < 0.03 * about
 
 
 def count(model: nn.Module) -> int:
@@ -101,7 +109,8 @@ def test_outputs_are_finite_and_none_is_zero(name: str, dtype: torch.dtype) -> N
     assert own.toy
     assert {parameter.dtype for parameter in own.model.parameters()} == {dtype}
     inputs = own.inputs(3, seed=1)
-    assert all(tensor.all() for tensor in (inputs.sample, inputs.timestep, *inputs.conditioning.values()))
+    assert all(tensor.all() for tensor in (inputs.sample, inputs.timestep))
+    assert all(tensor.all() for tensor in inputs.conditioning.values() if tensor.dtype != torch.bool)
     output = own.denoiser(*inputs).float()
     assert output.isfinite().all()
     assert output.std() > 0.01
@@ -171,13 +180,37 @@ def test_a_step_over_its_slots_reads_nothing_on_the_host(name: str) -> None:
         assert not HOST_READS & counter.ops.keys()
 
 
-@pytest.mark.parametrize("name", ["tiny-dit-xl-256", "tiny-flux-dev-1024"])  # the UNet: see the shipped pipeline's
+@pytest.mark.parametrize(
+    "name", [name for name in TINY if "sd15" not in name and "sdxl" not in name]
+)  # the UNet: see the shipped pipeline's
 def test_dynamo_sees_one_graph(name: str) -> None:
     """No inductor: what breaks a graph does so while it is traced."""
     own = tiny(name, torch.float32)
     traced = torch.compile(own.denoiser, backend="eager", fullgraph=True, dynamic=False)
     inputs = own.inputs(2)
     torch.testing.assert_close(traced(*inputs), own.denoiser(*inputs))
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-sdxl-1024", "tiny-flux-dev-1024", "tiny-sd35-medium-1024", "tiny-qwen-image-1024"]
+)
+def test_a_step_is_safe_to_capture_and_keeps_its_slots_apart(name: str) -> None:
+    """What a denoiser holds beside its model is put on the audited device with it, as buffers."""
+    own = tiny(name, torch.float32)
+    assert isinstance(own.denoiser, partial)
+    call, (model, *made) = own.denoiser.func, own.denoiser.args
+    leaves, structure = tree_flatten(made)
+    held = nn.Module()
+    held.add_module("model", model)
+    for i, leaf in enumerate(leaves):
+        held.register_buffer(f"made_{i}", leaf)
+
+    def denoiser(sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor) -> Tensor:
+        here = tree_unflatten([held.get_buffer(f"made_{i}") for i in range(len(leaves))], structure)
+        output: Tensor = call(model, *here, sample, timestep, conditioning, guidance)
+        return output
+
+    assert audit(denoiser, Slots(own.plan, "cpu").batch(2), held) == []
 
 
 @pytest.mark.cuda

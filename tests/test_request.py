@@ -20,6 +20,9 @@ from fastdiff import Request, Result
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
         ({"prompt": "x", "guidance_scale": "high"}, "guidance_scale: expected a finite number"),
         ({"prompt": "x", "seed": 2**64}, "seed: expected a 64-bit integer"),
+        ({"prompt": "x", "guidance_rescale": 1.5}, "guidance_rescale: expected a number from 0 to 1, got 1.5"),
+        ({"prompt": "x", "guidance_rescale": "high"}, "guidance_rescale: expected a number from 0 to 1, got 'high'"),
+        ({"prompt": "x", "pooled_prompt_embeds": torch.zeros(1)}, "expected prompt_embeds beside them, got none"),
         ({"prompt": "x", "timesteps": [1], "sigmas": [1.0]}, "at most one of timesteps and sigmas"),
         ({"prompt": "x", "negative_prompt": "y", "negative_prompt_embeds": torch.zeros(1)}, "at most one of negative"),
     ],
@@ -37,6 +40,12 @@ def test_the_schedule_is_what_tabulate_takes() -> None:
         "eta": 1.0,
     }
     assert not Request(prompt="x", guidance_scale=1.0).guided
+
+
+def test_steps_are_another_default_only_where_the_request_says_nothing() -> None:
+    assert Request(prompt="x").with_steps(28).schedule == {"num_inference_steps": 28}
+    assert Request(prompt="x", steps=3).with_steps(28).schedule == {"num_inference_steps": 3}
+    assert Request(prompt="x", sigmas=[1.0]).with_steps(28).schedule == {"sigmas": [1.0]}
 
 
 def test_a_result_without_an_image_raises_its_own_error() -> None:

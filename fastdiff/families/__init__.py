@@ -1,4 +1,20 @@
-"""Pipeline families: how each encodes, is called and decodes. One file each; `family_of` picks it by pipeline class."""
+"""Pipeline families: how each encodes, is called and decodes. One file each; `family_of` picks it by pipeline class.
+
+A family is a reading of one diffusers pipeline, made once and never changed: stages ask it for what differs between
+pipelines, and it answers with the pipeline's own components. In the order of a request:
+
+- `check` refuses what the pipeline cannot serve, before any model work;
+- `encode` gives one slot's conditioning, in the shapes and dtypes that `conditioning` has promised. What guidance
+  compares is stacked in front, [2, ...]: unconditional, conditional;
+- `guidance` gives the one number that the slot's rows carry, `schedule` the arguments of the step table, `noise` the
+  first latent, drawn in the pipeline's shape and packed as its model wants it;
+- `denoiser` is the model and its guidance as a pure function of device tensors: it makes nothing on the host, reads
+  nothing back, and treats every sample of the batch apart. What never changes, such as positions, is made beforehand;
+- `decode` makes the image of a finished latent.
+
+`PipelineFamily` in `base.py` has what most pipelines share. README.md beside it has a whole family as an example;
+`FAMILIES` takes new ones: `FAMILIES["MyPipeline"] = MyFamily`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +27,11 @@ from torch import Tensor
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.dit import DiT
+from fastdiff.families.flux import Flux
+from fastdiff.families.qwen_image import QwenImage
 from fastdiff.families.stable_diffusion import StableDiffusion
+from fastdiff.families.stable_diffusion_3 import StableDiffusion3
+from fastdiff.families.stable_diffusion_xl import StableDiffusionXL
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
@@ -46,7 +66,7 @@ class Family(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """One request's latent, (C, H, W)."""
+        """One request's latent, (C, H, W), or packed, (tokens, C)."""
         ...
 
     @property
@@ -62,14 +82,30 @@ class Family(Protocol):
         """The request's conditioning, by name."""
         ...
 
+    def guidance(self, request: Request) -> float:
+        """The scale that the request's rows carry to the denoiser; 1 where classifier-free guidance is off."""
+        ...
+
+    def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
+        """The keyword arguments of `fastdiff.tabulate` for the request on `scheduler`, as the pipeline passes them."""
+        ...
+
+    def noise(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """The first noise as a latent; `draw` makes standard normal noise of a shape from the request's generator."""
+        ...
+
     def decode(self, sample: Tensor) -> Tensor:
-        """The image [C, H, W] float32 in [0, 1] on the CPU, of a sample [C, H, W]."""
+        """The image [C, H, W] float32 in [0, 1] on the CPU, of a finished latent."""
         ...
 
 
 FAMILIES: dict[str, Callable[[Any, int | None, int | None], Family]] = {
     "DiTPipeline": DiT,
+    "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
+    "StableDiffusion3Pipeline": StableDiffusion3,
     "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
 }
 
 
@@ -77,5 +113,9 @@ def family_of(pipe: Any, height: int | None = None, width: int | None = None) ->
     """The family that serves `pipe`, for images of `height` x `width` pixels (the model's own size if None)."""
     family = FAMILIES.get(type(pipe).__name__)
     if family is None:
-        raise PlanMismatch(f"expected one of {', '.join(FAMILIES)}, got {type(pipe).__name__}")
+        raise PlanMismatch(
+            f"expected one of {', '.join(FAMILIES)}, got {type(pipe).__name__}; any other pipeline still takes "
+            "pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler), and fastdiff/families/README.md shows how to "
+            "add a family"
+        )
     return family(pipe, height, width)

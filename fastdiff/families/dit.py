@@ -10,34 +10,27 @@ from torch import Tensor
 
 from fastdiff.denoiser import guide
 from fastdiff.errors import PlanMismatch
+from fastdiff.families.base import PipelineFamily
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
 
-class DiT:
-    """A `diffusers.DiTPipeline` as stages see it; the pipeline's components are read, never changed.
+class DiT(PipelineFamily):
+    """A `diffusers.DiTPipeline` as stages see it.
 
     A sampler whose first latents are not of unit variance (Euler, Heun, LMS) gets them scaled here, and an ancestral
     one draws from the request's generator; `DiTPipeline` itself does neither. Its guidance is 4 where none is given.
     """
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
-        self.pipe = pipe
+        super().__init__(pipe, pipe.transformer)
         config, scale = pipe.transformer.config, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         side = config.sample_size * scale
         if (height or side, width or side) != (side, side):
             raise PlanMismatch(f"expected a height and width of {side}, DiT's own, got {height} x {width}")
-        self.latent_shape: tuple[int, ...] = (config.in_channels, config.sample_size, config.sample_size)
-        self.model: torch.nn.Module = pipe.transformer
-        self.device: torch.device = pipe.transformer.device
-        self.dtype: torch.dtype = pipe.transformer.dtype
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.classes: int = config.num_embeds_ada_norm  # and the number of the null class
         self.conditioning = {"class_labels": TensorSpec((2,), torch.int64)}
-
-    @property
-    def scheduler(self) -> Any:
-        """The pipeline's own scheduler."""
-        return self.pipe.scheduler
 
     def denoiser(
         self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
@@ -50,6 +43,7 @@ class DiT:
         for name in ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"):
             if getattr(request, name) is not None:
                 raise ValueError(f"expected a class_label alone, got {name}: {type(self.pipe).__name__} takes no text")
+        self.check_takes_no(request, "guidance_rescale")
         self._number(request.class_label)
         request.check_tensors(latents=self.latent_shape)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.denoiser import Denoiser
-from fastdiff.families import dit, stable_diffusion
+from fastdiff.families import dit, flux, qwen_image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from fastdiff.plan import CapturePlan, TensorSpec
 
 
@@ -47,7 +47,8 @@ class Geometry:
         def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             if dtype.is_floating_point:
                 return torch.randn(n, *shape, generator=generator, dtype=dtype, device=device)
-            return torch.randint(1, 1000, (n, *shape), generator=generator, dtype=dtype, device=device)  # classes
+            whole = torch.randint(1, 1000, (n, *shape), generator=generator, device=device)
+            return whole > 500 if dtype == torch.bool else whole.to(dtype)  # masks, classes
 
         uniform = torch.rand(2, n, generator=generator, device=device)
         return Inputs(
@@ -104,36 +105,23 @@ def _build(name: str, config: Mapping[str, Any], device: torch.device, dtype: to
 # How each is called
 
 
-def _unet(model: nn.Module, plan: CapturePlan) -> Denoiser:
-    return partial(stable_diffusion.guided, model)
-
-
-def _dit(model: nn.Module, plan: CapturePlan) -> Denoiser:
-    return partial(dit.guided, model)
+def _plain(guided: Callable[..., Tensor]) -> Callable[[nn.Module, CapturePlan], Denoiser]:
+    """A family's own function, which needs nothing but the model."""
+    return lambda model, plan: partial(guided, model)
 
 
 def _flux(model: nn.Module, plan: CapturePlan) -> Denoiser:
-    """One call at batch n: guidance is an input of the model. Where a token is never changes, so it is made once."""
-    tokens, text = plan.latent_shape[0], plan.conditioning["prompt_embeds"].shape[0]
-    device = next(model.parameters()).device
-    side = torch.arange(math.isqrt(tokens), dtype=plan.dtype, device=device)
-    img_ids = torch.cartesian_prod(side[:1], side, side)  # [tokens, 3]: 0, row, column
-    txt_ids = torch.zeros(text, 3, dtype=plan.dtype, device=device)
+    """Where a token is never changes, so it is made once, as the family does."""
+    side, device = math.isqrt(plan.latent_shape[0]), next(model.parameters()).device
+    txt_ids = torch.zeros(plan.conditioning["prompt_embeds"].shape[0], 3, dtype=plan.dtype, device=device)
+    return partial(flux.called, model, flux.image_ids(side, side, plan.dtype, device), txt_ids)
 
-    def denoiser(sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor) -> Tensor:
-        output: Tensor = model(
-            hidden_states=sample,
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            pooled_projections=conditioning["pooled_prompt_embeds"],
-            timestep=timestep.to(sample.dtype) / 1000,
-            guidance=guidance,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            return_dict=False,
-        )[0]
-        return output
 
-    return denoiser
+def _qwen_image(model: nn.Module, plan: CapturePlan) -> Denoiser:
+    """Rotations made once, as the family does."""
+    side, text = math.isqrt(plan.latent_shape[0]), plan.conditioning["prompt_embeds"].shape[1]
+    rotary = qwen_image.rotations(model, side, side, text, next(model.parameters()).device)
+    return partial(qwen_image.guided, model, rotary)
 
 
 # What each is
@@ -164,7 +152,7 @@ _ARCHITECTURES = {
             "cross_attention_dim": 32,
         },
         tiny_shapes={"latent": (4, 16, 16), "prompt_embeds": (2, 77, 32)},
-        denoiser=_unet,
+        denoiser=_plain(stable_diffusion.guided),
     ),
     "sdxl-1024": _Architecture(  # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
         model="UNet2DConditionModel",
@@ -191,7 +179,7 @@ _ARCHITECTURES = {
             "projection_class_embeddings_input_dim": 32 + 6 * 8,
         },
         tiny_shapes={"latent": (4, 16, 16), "prompt_embeds": (2, 77, 32), "text_embeds": (2, 32)},
-        denoiser=_unet,
+        denoiser=_plain(stable_diffusion_xl.guided),
     ),
     "dit-xl-256": _Architecture(  # facebook/DiT-XL-2-256, transformer/config.json
         model="DiTTransformer2DModel",
@@ -206,7 +194,7 @@ _ARCHITECTURES = {
         },
         tiny={"sample_size": 8, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16},
         tiny_shapes={"latent": (4, 8, 8)},
-        denoiser=_dit,
+        denoiser=_plain(dit.guided),
     ),
     "flux-dev-1024": _Architecture(  # black-forest-labs/FLUX.1-dev, transformer/config.json
         model="FluxTransformer2DModel",
@@ -231,6 +219,54 @@ _ARCHITECTURES = {
         },
         tiny_shapes={"latent": (16, 64), "prompt_embeds": (8, 32), "pooled_prompt_embeds": (16,)},
         denoiser=_flux,
+    ),
+    "sd35-medium-1024": _Architecture(  # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
+        model="SD3Transformer2DModel",
+        config={
+            "sample_size": 128,
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        tiny={
+            "sample_size": 16,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 16,
+            "pos_embed_max_size": 24,
+            "dual_attention_layers": (0,),
+        },
+        tiny_shapes={"latent": (16, 16, 16), "prompt_embeds": (2, 8, 32), "pooled_prompt_embeds": (2, 16)},
+        denoiser=_plain(stable_diffusion_3.guided),
+    ),
+    "qwen-image-1024": _Architecture(  # Qwen/Qwen-Image, transformer/config.json
+        model="QwenImageTransformer2DModel",
+        config={
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+        },
+        tiny={
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        tiny_shapes={"latent": (16, 64), "prompt_embeds": (2, 8, 32), "prompt_embeds_mask": (2, 8)},
+        denoiser=_qwen_image,
     ),
 }
 

@@ -1,0 +1,162 @@
+"""What the families have in common: a diffusers pipeline as stages see it, and the checks that several of them make."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.errors import PlanMismatch
+from fastdiff.plan import TensorSpec
+from fastdiff.request import Request
+
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
+NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+class PipelineFamily:
+    """A diffusers pipeline as stages see it; the pipeline's components are read, never changed.
+
+    A family sets `latent_shape` and `conditioning`, and adds `denoiser`, `check`, `encode` and `decode`. The rest is
+    what most pipelines do, and is replaced where one does something else.
+    """
+
+    latent_shape: tuple[int, ...]
+    conditioning: Mapping[str, TensorSpec]
+
+    def __init__(self, pipe: Any, model: Any) -> None:
+        self.pipe = pipe
+        self.model: torch.nn.Module = model
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.encoding = threading.Lock()  # fast tokenizers raise "Already borrowed" when two threads call one
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler."""
+        return self.pipe.scheduler
+
+    def guidance(self, request: Request) -> float:
+        """The request's scale, 1 where it is not guided."""
+        return float(request.guidance_scale) if request.guided else 1.0
+
+    def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
+        """What the request itself asks for."""
+        return request.schedule
+
+    def noise(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """One draw, of the latent's shape."""
+        return draw(self.latent_shape)
+
+    def both(self, unconditional: Tensor | None, conditional: Tensor) -> Tensor:
+        """[2, ...] of two [1, ...], in the pipeline's dtype; twice the conditional one where there is no other."""
+        first = conditional if unconditional is None else unconditional
+        return torch.cat([first, conditional]).to(self.device, self.dtype)
+
+    def pixels(self, decoded: Tensor) -> Tensor:
+        """[C, H, W] float32 in [0, 1] on the CPU of what the autoencoder made, through the pipeline's own processor."""
+        processed: Tensor = self.pipe.image_processor.postprocess(decoded, output_type="pt")
+        return processed[0].float().cpu()
+
+    def check_takes_no(self, request: Request, *names: str) -> None:
+        """Raise if the request has one of these fields, for which the pipeline has no use."""
+        for name in names:
+            if getattr(request, name) is not None:
+                raise ValueError(f"expected no {name}: {type(self.pipe).__name__} takes none; leave it out")
+
+    def check_takes_text(self, request: Request) -> None:
+        """Raise unless the request has a prompt or its embeddings."""
+        if request.class_label is not None:
+            raise ValueError(
+                f"expected a prompt or prompt_embeds, got class_label: {type(self.pipe).__name__} takes text"
+            )
+
+
+class PackedFamily(PipelineFamily):
+    """A transformer whose latents are squares of 2 x 2, packed into tokens [tokens, C]."""
+
+    def __init__(self, pipe: Any, height: int | None, width: int | None) -> None:
+        super().__init__(pipe, pipe.transformer)
+        scale, channels = pipe.vae_scale_factor, pipe.transformer.config.in_channels
+        side = pipe.default_sample_size * scale
+        self.size = image_size(height, width, (side, side), 2 * scale)
+        self.tokens = (self.size[0] // scale // 2, self.size[1] // scale // 2)  # rows, columns
+        self.unpacked_shape = (channels // 4, 2 * self.tokens[0], 2 * self.tokens[1])
+        self.latent_shape = (self.tokens[0] * self.tokens[1], channels)
+
+    def noise(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Drawn as an image, then packed."""
+        packed: Tensor = self.pipe._pack_latents(draw(self.unpacked_shape)[None], 1, *self.unpacked_shape)
+        return packed[0]
+
+    def unpacked(self, sample: Tensor) -> Tensor:
+        """[1, ...] as the autoencoder takes it, in its dtype."""
+        packed = sample[None].to(self.device, self.pipe.vae.dtype)
+        latents: Tensor = self.pipe._unpack_latents(packed, *self.size, self.pipe.vae_scale_factor)
+        return latents
+
+
+def check_pooled(request: Request, text_shape: tuple[int, ...], pooled_shape: tuple[int, ...]) -> None:
+    """Raise unless embeddings have these shapes, and each comes with its pooled one."""
+    request.check_tensors(
+        prompt_embeds=text_shape,
+        negative_prompt_embeds=text_shape,
+        pooled_prompt_embeds=pooled_shape,
+        negative_pooled_prompt_embeds=pooled_shape,
+    )
+    check_beside(request, *EMBEDDINGS)
+    check_beside(request, *NEGATIVE_EMBEDDINGS)
+
+
+def pooled_embeddings(request: Request) -> dict[str, Tensor | None]:
+    """What the request has of embeddings, [1, ...], by the names that `encode_prompt` takes."""
+    return {name: batched(getattr(request, name)) for name in EMBEDDINGS + NEGATIVE_EMBEDDINGS}
+
+
+def check_beside(request: Request, name: str, *others: str) -> None:
+    """Raise if the request has field `name` and lacks one of `others`."""
+    missing = [other for other in others if getattr(request, other) is None]
+    if getattr(request, name) is not None and missing:
+        raise ValueError(f"{name} need {' and '.join(missing)} beside them")
+
+
+def image_size(height: int | None, width: int | None, default: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The size in pixels, `default` where None; PlanMismatch unless `multiple` divides it."""
+    height, width = height or default[0], width or default[1]
+    if height % multiple or width % multiple:
+        nearest = f"{max(1, height // multiple) * multiple} x {max(1, width // multiple) * multiple}"
+        raise PlanMismatch(
+            f"expected a height and width divisible by {multiple}, got {height} x {width}; {nearest} would do"
+        )
+    return height, width
+
+
+def batched(tensor: Tensor | None) -> Tensor | None:
+    """[...] as [1, ...]."""
+    return None if tensor is None else tensor[None]
+
+
+def config_of(scheduler: Any) -> Mapping[str, Any]:
+    """Its config; empty for what is no scheduler, which `tabulate` refuses by name."""
+    return getattr(scheduler, "config", {})
+
+
+def flow_shift(config: Mapping[str, Any], tokens: int, max_shift: float = 1.15) -> float:
+    """mu: how far a flow schedule is shifted for an image of so many tokens, as its scheduler's config says."""
+    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return float(tokens * slope + (base_shift - slope * base_tokens))
+
+
+def even_sigmas(request: Request) -> dict[str, Any]:
+    """The request's schedule with the sigmas 1 to 1 / steps that flow pipelines pass where it has none of its own."""
+    named = request.schedule
+    steps = named.pop("num_inference_steps", None)
+    if request.timesteps is None and request.sigmas is None:
+        named["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    return named

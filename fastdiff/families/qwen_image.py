@@ -1,0 +1,145 @@
+"""Qwen-Image: one masked text, packed latents, classifier-free guidance at the conditional norm in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastdiff.denoiser import guide
+from fastdiff.errors import PlanMismatch
+from fastdiff.families.base import PackedFamily, batched, config_of, even_sigmas, flow_shift
+from fastdiff.plan import TensorSpec
+from fastdiff.request import Request
+
+TEXT_LENGTH = 512  # tokens at most, as many as the pipeline takes by default; what a text lacks is masked
+Rotations = tuple[Tensor, Tensor]  # complex, of image tokens and of text tokens
+
+
+class QwenImage(PackedFamily):
+    """A `diffusers.QwenImagePipeline` as stages see it.
+
+    `guidance_scale` is the pipeline's `true_cfg_scale`, and as there it guides nothing without a negative prompt, for
+    which " " will do. Its guidance is 4 where none is given.
+    """
+
+    def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
+        super().__init__(pipe, height, width)
+        config = pipe.transformer.config
+        for name in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if config.get(name):
+                raise PlanMismatch(f"expected a transformer of Qwen-Image's first kind, got one with {name}")
+        self.text_width: int = config.joint_attention_dim
+        self.conditioning = {
+            "prompt_embeds": TensorSpec((2, TEXT_LENGTH, self.text_width), self.dtype),
+            "prompt_embeds_mask": TensorSpec((2, TEXT_LENGTH), torch.bool),
+        }
+        self.rotations = rotations(pipe.transformer, *self.tokens, TEXT_LENGTH, self.device)
+
+    def denoiser(
+        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
+    ) -> Tensor:
+        """The guided output [n, tokens, C] float32."""
+        return guided(self.pipe.transformer, self.rotations, sample, timestep, conditioning, guidance)
+
+    def check(self, request: Request) -> None:
+        """Raise unless the request is one of text, and its own tensors have this pipeline's shapes."""
+        self.check_takes_text(request)
+        self.check_takes_no(request, "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "guidance_rescale")
+        request.check_tensors(latents=self.latent_shape)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = getattr(request, name)
+            if embeds is not None:
+                length = min(max(len(embeds), 1), TEXT_LENGTH)
+                request.check_tensors(**{name: (length, self.text_width)})
+
+    def encode(self, request: Request) -> dict[str, Tensor]:
+        """Unconditional, conditional, padded; without guidance both are the prompt's: `conditioning` has the shapes."""
+        texts = [(request.prompt, request.prompt_embeds)] * 2
+        if self._guided(request):
+            texts[0] = (request.negative_prompt, request.negative_prompt_embeds)
+        with self.encoding:
+            found = [self._text(*text) for text in texts]
+        embeds, masks = (torch.stack(tensors) for tensors in zip(*found, strict=True))
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": masks}
+
+    def _text(self, prompt: str | None, prompt_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings [L, D] and mask [L] of one text: alone it has no padding of its own."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompt, self.device, prompt_embeds=batched(prompt_embeds), max_sequence_length=TEXT_LENGTH
+        )
+        length = embeds.shape[1]
+        padded = pad(embeds[0].to(self.device, self.dtype), (0, 0, 0, TEXT_LENGTH - length))
+        return padded, torch.arange(TEXT_LENGTH, device=self.device) < length
+
+    def guidance(self, request: Request) -> float:
+        """The request's scale, 1 where it is not guided or has no negative."""
+        return float(request.guidance_scale) if self._guided(request) else 1.0
+
+    def _guided(self, request: Request) -> bool:
+        return request.guided and (request.negative_prompt is not None or request.negative_prompt_embeds is not None)
+
+    def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
+        """Even sigmas, shifted by the number of image tokens."""
+        return {"mu": flow_shift(config_of(scheduler), self.latent_shape[0]), **even_sigmas(request)}
+
+    def decode(self, sample: Tensor) -> Tensor:
+        """The image [C, H, W] float32 in [0, 1] on the CPU."""
+        vae, config = self.pipe.vae, self.pipe.vae.config
+        latents = self.unpacked(sample)  # [1, C, 1, H, W]
+        mean, std = (latents.new_tensor(of).view(1, -1, 1, 1, 1) for of in (config.latents_mean, config.latents_std))
+        return self.pixels(vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0])
+
+
+def rotations(transformer: Any, rows: int, columns: int, text: int, device: torch.device) -> Rotations:
+    """The rotary embeddings of an image of rows x columns tokens and of a text, which no row changes."""
+    found: Rotations = transformer.pos_embed([[(1, rows, columns)]], max_txt_seq_len=text, device=device)
+    return found
+
+
+def forward(
+    transformer: Any, rotary: Rotations, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, mask: Tensor
+) -> Tensor:
+    """`transformer.forward`, part by part: given a mask it would make a tensor on the host, which no capture allows."""
+    hidden = transformer.img_in(sample)
+    text = transformer.txt_in(transformer.txt_norm(prompt_embeds))
+    embedded_time = transformer.time_text_embed(timestep.to(hidden.dtype), hidden)
+    for block in transformer.transformer_blocks:
+        text, hidden = block(
+            hidden_states=hidden,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
+            temb=embedded_time,
+            image_rotary_emb=rotary,
+        )
+    output: Tensor = transformer.proj_out(transformer.norm_out(hidden, embedded_time))
+    return output
+
+
+def guided(
+    transformer: Any,
+    rotary: Rotations,
+    sample: Tensor,
+    timestep: Tensor,
+    conditioning: Mapping[str, Tensor],
+    guidance: Tensor,
+) -> Tensor:
+    """The guided output [n, tokens, C] float32 of one call at batch 2n: each slot unconditional, conditional.
+
+    Guidance keeps each token's direction and takes its norm from the conditional output.
+    """
+    output = forward(
+        transformer,
+        rotary,
+        sample.repeat_interleave(2, dim=0),
+        timestep.to(sample.dtype).repeat_interleave(2) / 1000,
+        conditioning["prompt_embeds"].flatten(0, 1),
+        conditioning["prompt_embeds_mask"].flatten(0, 1),
+    )
+    unconditional, conditional = output.float().unflatten(0, (-1, 2)).unbind(1)
+    combined = guide(unconditional, conditional, guidance)
+    norms = [torch.linalg.vector_norm(tensor, dim=-1, keepdim=True) for tensor in (conditional, combined)]
+    return torch.where(guidance[:, None, None] == 1, conditional, combined * (norms[0] / norms[1]))
