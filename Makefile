@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
-.PHONY: setup bench test lint types wheel wheel-check oracle coverage clean
+.PHONY: setup bench regression test lint types wheel wheel-check oracle coverage clean
 
 setup: $(READY)
 
@@ -18,6 +18,12 @@ $(READY): pyproject.toml constraints.txt
 
 bench: $(READY)
 	$(BIN)/python -m fastdiff.bench
+
+# Is this commit slower than BASE? What CI asks of a pull request: counts gate anywhere, times where the self-test passes.
+BASE ?= main
+regression: $(READY)
+	-$(BIN)/python -m fastdiff.bench selftest --quick
+	$(BIN)/python -m fastdiff.bench ab --base $(BASE)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,9 +14,9 @@ import fastdiff
 
 PACKAGE = Path(fastdiff.__file__).parent
 ORDER = [
-    "errors", "table", "fingerprint", "intercept", "probe", "request", "plan", "denoiser", "families", "noise", "state",
-    "ownership", "slots", "step", "isolation", "weights", "capture", "audit", "profile", "stages", "runtime", "models",
-    "bench",
+    "errors", "table", "fingerprint", "intercept", "probe", "rehearsal", "position", "scheduler", "request", "plan",
+    "denoiser", "families", "noise", "state", "ownership", "slots", "step", "isolation", "weights", "capture", "audit",
+    "profile", "stages", "runtime", "models", "bench",
 ]  # fmt: skip
 CONSTRUCTOR = ("table", "probe")  # StepTable.renoise lives beside the prober, and says so
 

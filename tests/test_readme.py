@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import diffusers
 import pytest
 
 import fastdiff
+from fastdiff.bench import schema
 from fastdiff.bench.report import attribution_table, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def test_the_host_loop_serves_everything(runtime: fastdiff.Runtime) -> None:
 def test_the_opening_figures_are_those_of_the_committed_run_that_it_names() -> None:
     quoted = re.search(r"<!-- attribution: (\S+) -->\n(.*?)\n<!-- /attribution -->", README, re.DOTALL)
     assert quoted is not None
-    report = json.loads((ROOT / quoted[1] / "report.json").read_text())
+    report = schema.load(ROOT / quoted[1])
     assert quoted[2].strip() == markdown_table(attribution_table(report)).strip()
     assert report["model"]["toy"]
     assert "toy model" in README[: quoted.start()]

@@ -349,6 +349,6 @@ def image_block(bench: Workbench, arm: str, requests: Sequence[Request], sequent
         total, loop = bench.stopwatch(), bench.stopwatch()
         with torch.no_grad(), total:
             images_of(bench, arm, requests, sequential, loop)
-        return Sample(total.seconds, loop.seconds or None)
+        return Sample(total.seconds, loop.seconds or None, total.gpu_s)
 
     return block

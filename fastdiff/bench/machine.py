@@ -1,4 +1,4 @@
-"""What the figures were taken on."""
+"""What the figures were taken on, and what its GPU did meanwhile. Read only: no clock or limit is ever set."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 _PACKAGES = ("fastdiff-runtime", "torch", "diffusers", "transformers", "numpy", "scipy")
+_THROTTLES = {
+    "application clocks": "ApplicationsClocksSetting",
+    "power cap": "SwPowerCap",
+    "hardware slowdown": "HwSlowdown",
+    "thermal slowdown": "SwThermalSlowdown",
+    "hardware thermal slowdown": "HwThermalSlowdown",
+    "power brake": "HwPowerBrakeSlowdown",
+}
+"""What holds the clocks down, with NVML's names; an idle GPU's low clocks are no throttling."""
+_NORMAL = {"application clocks", "power cap"}  # under full load, for as long as it lasts
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_ALLOC_CONF", "CUDA_MODULE_LOADING", "TORCH_LOGS")
+
+T = TypeVar("T")
 
 
 def fingerprint(device: torch.device) -> dict[str, Any]:
@@ -76,18 +90,89 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "capability": [properties.major, properties.minor],
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "driver": Nvml(device).driver,
     }
 
 
-def _driver() -> str | None:
-    """The NVIDIA driver's version, which torch does not tell; None without nvidia-ml-py."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
+@dataclass(frozen=True)
+class GpuState:
+    """A GPU between two blocks. None is what NVML does not tell on this one."""
+
+    sm_mhz: int | None
+    temperature_c: int | None
+    throttles: tuple[str, ...] | None  # what holds the clocks down
+    foreign_processes: int | None  # that have a context on the device, this one's not counted
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What makes times beside it doubtful."""
+        slowed = tuple(name for name in self.throttles or () if name not in _NORMAL)
+        return (*slowed, "foreign process") if self.foreign_processes else slowed
+
+
+class Nvml:
+    """NVIDIA's management library on one torch device; where it tells nothing, `reason` says why."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.reason: str | None = None
+        if device.type != "cuda":
+            self.reason = f"{device} is no CUDA device"
+            return
+        try:
+            import pynvml
+        except ImportError:
+            self.reason = "nvidia-ml-py is missing: pip install 'fastdiff-runtime[bench]'"
+            return
+        self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            # By its UUID: NVML counts devices in another order, and also those that CUDA_VISIBLE_DEVICES hides.
+            uuid = torch.cuda.get_device_properties(device).uuid
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except pynvml.NVMLError as error:
+            self.reason = f"NVML: {error}"
+
+    @property
+    def driver(self) -> str | None:
+        """The NVIDIA driver's version, which torch does not tell."""
+        return None if self.reason else self._ask(lambda: str(self._nvml.nvmlSystemGetDriverVersion()))
+
+    def state(self) -> GpuState | None:
+        """Clocks, what holds them down, temperature and company, now."""
+        if self.reason:
+            return None
+        nvml, handle = self._nvml, self._handle
+        throttles = self._ask(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+        processes = self._ask(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return GpuState(
+            sm_mhz=self._ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            temperature_c=self._ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            throttles=None
+            if throttles is None
+            else tuple(
+                name
+                for name, nvmls in _THROTTLES.items()
+                if throttles & getattr(nvml, f"nvmlClocksThrottleReason{nvmls}")
+            ),
+            # One is this process, whatever its number: within a container NVML's numbers are the host's.
+            foreign_processes=None if processes is None else max(0, len(processes) - 1),
+        )
+
+    def process_bytes(self) -> tuple[int | None, str | None]:
+        """Device bytes of this process, its context included; else None and the reason."""
+        if self.reason:
+            return None, self.reason
+        processes = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+        used = {one.pid: one.usedGpuMemory for one in processes or ()}
+        if os.getpid() not in used:
+            return None, f"NVML knows no process {os.getpid()}: in a container it has another number outside"
+        if used[os.getpid()] is None:
+            return None, "NVML does not tell the bytes of a process under this driver model"
+        return used[os.getpid()], None
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """The answer; None where this device or driver has none."""
+        try:
+            return question()
+        except self._nvml.NVMLError:
+            return None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from fastdiff.bench import outcome
 from fastdiff.bench.machine import describe
 from fastdiff.bench.suite import ARMS, split
 from fastdiff.bench.summary import Report, find_case, find_ratio, speed_up, unit_s
+
+STEP_SUMMARY_BYTES = 2**20 - 1  # GitHub refuses a longer one
 
 
 @dataclass(frozen=True)
@@ -23,18 +29,75 @@ class Table:
     note: str = ""
 
 
-def markdown(report: Report) -> str:
-    """The whole page."""
-    parts = [f"# fastdiff.bench: {report['suite']}", *introduction(report)]
+def markdown(report: Report, limit: int = STEP_SUMMARY_BYTES) -> str:
+    """The whole page in at most `limit` bytes: what CI takes as a step's summary."""
+    parts = [f"# fastdiff.bench: {escape(report['suite'])}", verdict_list(report), *map(escape, introduction(report))]
     for table in tables(report):
-        parts += [f"## {table.title}", *([table.note] if table.note else []), markdown_table(table)]
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## {escape(table.title)}", *([escape(table.note)] if table.note else []), markdown_table(table)]
+    return _cut("\n\n".join(parts) + "\n", limit)
 
 
 def markdown_table(table: Table) -> str:
     """The bare table, as the README quotes it."""
     rule = ["---"] + ["---:"] * (len(table.header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (table.header, rule, *table.rows))
+    rows = ([escape(cell) for cell in cells] for cells in (table.header, *table.rows))
+    header, *others = ("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n".join((header, "| " + " | ".join(rule) + " |", *others))
+
+
+def escape(text: str) -> str:
+    """Names are others' words: no tag, no column and no line begins inside of one."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+
+
+def verdict_list(report: Report) -> str:
+    """The verdict and what it rests on, as a Markdown list."""
+    whole = outcome.outcome(report)
+    lines = [f"**{whole.word}**: {escape(whole.sentence)}."]
+    lines += [f"- {label}: {escape(text)}" for label, text in facts(report)]
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def facts(report: Report) -> Iterator[tuple[str, str]]:
+    """What the verdict rests on: label and one line each."""
+    doubt = outcome.distrust(report)
+    if step := outcome.headline(report):
+        gain = f"{ratio_text(step['ratio'])} over {words(step['base'])}{_toy(report)}"
+        yield "Gain", f"INVALID: {gain}" if doubt else gain
+    tally = outcome.tally(report)
+    if tally:
+        yield "Comparisons", ", ".join(f"{count} {word}" for word, count in tally.items())
+    canaries = "; ".join(_canary(*one) for one in outcome.canaries(report)) or "none in this run"
+    yield "Canaries", f"{canaries}. Amiss: {doubt}" if doubt else canaries
+    yield "Deterministic figures", _gates(report)
+    wrong = len(outcome.wrong_answers(report))
+    arms = sum(len(case["arms"]) for case in (*report["images"], *report["rows"]))
+    yield "Answers", f"{arms - wrong} of {arms} arms right" if arms else "none checked"
+    bounded = [target for target in report["summary"]["targets"] if target["met"] is not None]
+    if bounded:
+        missed = [target["label"] for target in bounded if not target["met"]]
+        met = f"{len(bounded) - len(missed)} of {len(bounded)} met"
+        yield "Targets", f"{met}; not: {'; '.join(missed)}" if missed else met
+    if report["unsupported"]:
+        yield "Not measured", "; ".join(one["what"] for one in report["unsupported"])
+
+
+def _canary(label: str, judgement: Mapping[str, Any]) -> str:
+    if judgement["change"] is None:
+        return f"{label}: {judgement['verdict']}, {judgement['reason']}"
+    word, interval = outcome.WORDS[judgement["verdict"]], f"[{judgement['low']:+.1%}, {judgement['high']:+.1%}]"
+    return f"{label}: {word}, {judgement['change']:+.1%} {interval} in time"
+
+
+def _gates(report: Report) -> str:
+    """What became of the deterministic figures, in words."""
+    gates = report.get("gates")
+    if not gates:
+        return "none in this run"
+    count, changed = len(gates["figures"]), outcome.changes(report)
+    if gates.get("changes") is None:
+        return f"{count} counted; no baseline for {gates['key']}"
+    return f"{count} compared with {gates['key']}; " + (f"{len(changed)} changed" if changed else "none moved")
 
 
 def introduction(report: Report) -> list[str]:
@@ -43,20 +106,26 @@ def introduction(report: Report) -> list[str]:
     toy = "**A toy model**: ratios of a real one will differ. " if model["toy"] else ""
     return [
         f"{toy}Model: {model['name']}, {model['parameters']:,} parameters, latents "
-        f"{'x'.join(map(str, model['latent_shape']))}, {model['dtype']}, on {settings['device']}.",
+        f"{_latents(model['latent_shape'])}, {model['dtype']}, on {settings['device']}.",
         f"Machine: {describe(report['machine'])}.",
         f"{report['created']}, seed {settings['seed']}, {report['seconds']['all']:.0f} s, "
-        f"{report['seconds']['compile']:.0f} s of it compiling. "
+        f"{report['seconds']['compile']:.0f} s of it compiling: `{command(report)}`",
         f"Arms run turn by turn in random order; a ratio is the Hodges-Lehmann estimate of base / arm with its "
         f"{settings['level']:.0%} Wilcoxon interval; times are medians. Above 1 the arm is faster than its base.",
     ]
 
 
+def command(report: Report) -> str:
+    """The exact command."""
+    return shlex.join(report["command"])
+
+
 def tables(report: Report) -> Iterator[Table]:
     """Every table of the page, in order; those without data are left out."""
     makers = (
-        attribution_table, targets_table, invalid_table, unsupported_table, images_table, rows_table,
-        samplers_table, setup_table, counts_table, fates_table, errors_table, memory_table, compile_table,
+        attribution_table, changes_table, targets_table, invalid_table, unsupported_table, images_table, rows_table,
+        samplers_table, counts_table, memory_table, setup_table, compile_table, break_even_table, fates_table,
+        errors_table, clocks_table,
     )  # fmt: skip
     yield from (table for make in makers if (table := make(report)).rows)
 
@@ -64,17 +133,19 @@ def tables(report: Report) -> Iterator[Table]:
 def attribution_table(report: Report) -> Table:
     """What each step is worth, against what it changes; then where nothing is gained. The README quotes it."""
     steps, limits = report["summary"]["attribution"], report["summary"]["no_gain"]
-    baseline = [(f"baseline: {_words(step['base'])}", _time(step["base_s"], step["per"]), "", "") for step in steps[:1]]
+    baseline = [
+        (f"baseline: {words(step['base'])}", duration(step["base_s"], step["per"]), "", "") for step in steps[:1]
+    ]
     worth = [
-        (step["label"], _time(step["arm_s"], step["per"]), _arm_name(step["base"]), _speed_up(step["ratio"]))
+        (step["label"], duration(step["arm_s"], step["per"]), arm_name(step["base"]), ratio_text(step["ratio"]))
         for step in steps
     ]
     costs = [
         (
             f"no gain: {step['label']}",
-            _time(step["arm_s"], step["per"]),
-            f"{_arm_name(step['base'])}, {_time(step['base_s'], step['per'])}",
-            _speed_up(step["ratio"]),
+            duration(step["arm_s"], step["per"]),
+            f"{arm_name(step['base'])}, {duration(step['base_s'], step['per'])}",
+            ratio_text(step["ratio"]),
         )
         for step in limits
     ]
@@ -83,10 +154,27 @@ def attribution_table(report: Report) -> Table:
     if case:
         note = (
             f"{case['batch']} concurrent requests, text to pixels, {case['rows']} rows in all, samplers "
-            f"{', '.join(case['samplers'])}; times per image. *No gain*: cases where none was expected."
+            f"{', '.join(case['samplers'])}; times per image."
+            f"{' *No gain*: cases where none was expected.' if limits else ''}"
         )
     header = ("step", "time", "against", "ratio [interval]")
     return Table(f"What each step is worth{_toy(report)}", header, (*baseline, *worth, *costs), note)
+
+
+def changes_table(report: Report) -> Table:
+    """Deterministic figures that moved against the baseline."""
+    rows = tuple(
+        (
+            change["name"],
+            "-" if change["base"] is None else f"{change['base']:,}",
+            "-" if change["head"] is None else f"{change['head']:,}",
+            f"{change['head'] / change['base'] - 1:+.1%}" if change["base"] and change["head"] is not None else "",
+            f"**{change['verdict']}**" if change["verdict"] == "REGRESSION" else change["verdict"],
+        )
+        for change in outcome.changes(report)
+    )
+    key = f"Against the committed baseline of {report['gates']['key']}; counted, not timed." if rows else ""
+    return Table("What changed", ("figure", "baseline", "this run", "change", "verdict"), rows, key)
 
 
 def targets_table(report: Report) -> Table:
@@ -101,12 +189,7 @@ def targets_table(report: Report) -> Table:
 
 def invalid_table(report: Report) -> Table:
     """Arms that answered wrongly; they have no times."""
-    rows = tuple(
-        (case["name"], _arm_name(arm), measured["reason"])
-        for case in (*report["images"], *report["rows"])
-        for arm, measured in case["arms"].items()
-        if measured["status"] != "ok"
-    )
+    rows = tuple((case["name"], arm_name(arm), reason) for case, arm, reason in outcome.wrong_answers(report))
     return Table("INVALID: a wrong answer, however fast", ("case", "arm", "reason"), rows)
 
 
@@ -125,17 +208,17 @@ def images_table(report: Report) -> Table:
         for arm, measured in case["arms"].items():
             loop = median(measured["loop_s"]) / case["rows"] if measured["loop_s"] else None
             ratios = [
-                f"{_speed_up(one['ratio'])} over {_arm_name(one['base'])}"
+                f"{ratio_text(one['ratio'])} over {arm_name(one['base'])}"
                 for one in case["comparisons"]
                 if one["arm"] == arm
             ]
             cells = [
-                f"{case['workload']}, {case['batch']} x {_samplers(case)}",
-                _arm_name(arm),
-                _status(measured),
-                _time(unit_s(case, arm), "image"),
-                _time(loop, "image"),
-                *([_bytes(measured["vram_peak_bytes"])] if on_cuda else []),
+                f"{case['workload']}, {case['batch']} x {samplers(case)}",
+                arm_name(arm),
+                parity(measured),
+                duration(unit_s(case, arm), "image"),
+                duration(loop, "image"),
+                *([byte_count(measured["vram_peak_bytes"])] if on_cuda else []),
                 "; ".join(ratios),
             ]
             rows.append(tuple(cells))
@@ -159,13 +242,13 @@ def rows_table(report: Report) -> Table:
             ratio = None if arm == "diffusers" else find_ratio(report, case["name"], "diffusers", arm)
             rows.append(
                 (
-                    f"{case['batch']} x {_samplers(case)}, {'between' if case['between'] else 'hot'}",
+                    f"{case['batch']} x {samplers(case)}, {'between' if case['between'] else 'hot'}",
                     _latents(case["latent_shape"]),
                     str(case["threads"]),
-                    _arm_name(arm),
-                    _status(measured),
-                    _time(unit_s(case, arm), "row"),
-                    _speed_up(ratio) if ratio else "",
+                    arm_name(arm),
+                    parity(measured),
+                    duration(unit_s(case, arm), "row"),
+                    ratio_text(ratio) if ratio else "",
                 )
             )
     return Table(
@@ -189,7 +272,7 @@ def samplers_table(report: Report) -> Table:
                 case["samplers"][0],
                 f"{_latents(case['latent_shape'])}, batch {case['batch']}",
                 *(
-                    _time(None if times.get(arm) is None else times[arm] / case["batch"], "row")
+                    duration(None if times.get(arm) is None else times[arm] / case["batch"], "row")
                     for arm in ("diffusers", "tensorized/eager", "tensorized/compiled")
                 ),
             )
@@ -207,7 +290,7 @@ def setup_table(report: Report) -> Table:
     entries = report["setup"]
     names = list(entries[0]["call_s"]) if entries else []
     rows = tuple(
-        (f"{one['sampler']}, {one['steps']} steps", *(_time(median(one["call_s"][name]), "row") for name in names))
+        (f"{one['sampler']}, {one['steps']} steps", *(duration(median(one["call_s"][name]), "row") for name in names))
         for one in entries
     )
     return Table("Set-up of a request, text and noise apart", ("sampler", *names), rows)
@@ -217,7 +300,7 @@ def counts_table(report: Report) -> Table:
     """Operations and syncs."""
     rows = tuple(
         (
-            _samplers(one),
+            samplers(one),
             str(one["batch"]),
             *(
                 text
@@ -282,12 +365,14 @@ def memory_table(report: Report) -> Table:
             rows.append(
                 (
                     f"{case['name']} ({_latents(case['latent_shape'])}), {sampler}",
-                    _bytes(by_owner["shared"]["latent_bytes"]),
+                    byte_count(by_owner["shared"]["latent_bytes"]),
                     *(
-                        " / ".join(_bytes(by_owner[owner][f"{when}_bytes"]) for when in ("before", "during", "after"))
+                        " / ".join(
+                            byte_count(by_owner[owner][f"{when}_bytes"]) for when in ("before", "during", "after")
+                        )
                         for owner in owners
                     ),
-                    " / ".join(_bytes(by_owner[owner]["row_peak_bytes"]) for owner in ("shared", "tensorized")),
+                    " / ".join(byte_count(by_owner[owner]["row_peak_bytes"]) for owner in ("shared", "tensorized")),
                 )
             )
     return Table(
@@ -315,6 +400,60 @@ def compile_table(report: Report) -> Table:
     return Table("Compilation, apart from all of the above", ("what", "first call"), rows)
 
 
+def break_even_table(report: Report) -> Table:
+    """After how many images a compilation has paid for itself."""
+    rows = []
+    for case in report["images"]:
+        for arm in case["arms"]:
+            name, mode = split(arm)
+            kind = "denoiser and step" if name == "tensorized" else "denoiser"
+            cost_s = report["compile_s"].get(f"{kind}, batch {case['batch']}")
+            if mode != "compiled" or cost_s is None or f"{name}/eager" not in case["arms"]:
+                continue
+            eager_s, compiled_s = unit_s(case, f"{name}/eager"), unit_s(case, arm)
+            if eager_s is None or compiled_s is None:
+                continue
+            saved_s = eager_s - compiled_s
+            after = f"{math.ceil(cost_s / saved_s):,} images" if saved_s > 0 else "never: no faster than eager"
+            saved = duration(saved_s, "image") if saved_s > 0 else "-"
+            rows.append((f"{case['name']}: {name}, batch {case['batch']}", f"{cost_s:.1f} s", saved, after))
+    return Table(
+        "Break-even of compilation",
+        ("case", "first call", "saved per image", "pays off after"),
+        tuple(rows),
+        "The first call's seconds over the difference of the medians, compiled against eager.",
+    )
+
+
+def clocks_table(report: Report) -> Table:
+    """What the GPU did meanwhile, for arms that were timed on one."""
+    rows = []
+    for case in (*report["images"], *report["rows"]):
+        for arm, measured in case["arms"].items():
+            states = [state for state in measured.get("gpu") or () if state]
+            if not states:
+                continue
+            clocks = [state["sm_mhz"] for state in states if state["sm_mhz"] is not None]
+            heat = [state["temperature_c"] for state in states if state["temperature_c"] is not None]
+            reasons = Counter(reason for state in states for reason in state["throttles"] or ())
+            company = sum(bool(state["foreign_processes"]) for state in states)
+            rows.append(
+                (
+                    f"{case['name']}: {arm_name(arm)}",
+                    f"{_range(clocks)} MHz" if clocks else "not told",
+                    f"{_range(heat)} C" if heat else "not told",
+                    ", ".join(f"{reason} in {count} of {len(states)}" for reason, count in reasons.items()) or "none",
+                    f"**in {company} of {len(states)}**" if company else "none",
+                )
+            )
+    return Table(
+        "The GPU between blocks",
+        ("case", "SM clock", "temperature", "clocks held down by", "foreign processes"),
+        tuple(rows),
+        "As NVML tells; read only. An idle GPU's clocks are low, which holds nothing down.",
+    )
+
+
 def print_tables(report: Report) -> None:
     """The same page on a terminal."""
     from rich.console import Console
@@ -322,16 +461,27 @@ def print_tables(report: Report) -> None:
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 160)
+    whole = outcome.outcome(report)
+    console.print(Text(_plain(f"{whole.word}: {whole.sentence}."), style="bold"))
+    for label, text in facts(report):
+        console.print(Text(_plain(f"  {label}: {text}")))
+    console.print()
     for paragraph in introduction(report):
-        console.print(Text(paragraph.replace("**", "")))
+        console.print(Text(_plain(paragraph)))
     for table in tables(report):
-        shown = RichTable(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
+        title, note = Text(_plain(table.title)), Text(_plain(table.note)) if table.note else None
+        shown = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
         for number, heading in enumerate(table.header):
             shown.add_column(heading, justify="right" if number else "left", overflow="fold")
         for cells in table.rows:
-            shown.add_row(*(Text(cell.replace("**", "")) for cell in cells))
+            shown.add_row(*(Text(_plain(cell)) for cell in cells))
         console.print()
         console.print(shown)
+
+
+def _plain(text: str) -> str:
+    """Without emphasis, and without the characters that a terminal obeys."""
+    return "".join(one if one.isprintable() else " " for one in text.replace("**", ""))
 
 
 # Words and figures
@@ -341,26 +491,31 @@ def _toy(report: Report) -> str:
     return " (toy model)" if report["model"]["toy"] else ""
 
 
-def _words(arm: str) -> str:
+def words(arm: str) -> str:
+    """What an arm is, and how its model runs."""
     name, mode = split(arm)
     return f"{ARMS[name]}, model {mode}"
 
 
-def _arm_name(arm: str) -> str:
+def arm_name(arm: str) -> str:
+    """As a reader is told of it."""
     return "diffusers step()" if arm == "diffusers" else arm.replace("/", " / ")
 
 
-def _status(measured: Mapping[str, Any]) -> str:
+def parity(measured: Mapping[str, Any]) -> str:
+    """How far an arm's answer is from the reference."""
     if measured["status"] != "ok":
         return "**INVALID**"
     return "exact" if measured["error"] == 0 else f"{measured['error']:.0e}"
 
 
-def _speed_up(ratio: Report | None) -> str:
+def ratio_text(ratio: Report | None) -> str:
+    """The estimate and its interval."""
     return speed_up(ratio) if ratio else "no valid pair"
 
 
-def _time(seconds: float | None, per: str) -> str:
+def duration(seconds: float | None, per: str) -> str:
+    """Milliseconds per image, microseconds per row."""
     if seconds is None:
         return "-"
     if per == "image":
@@ -375,12 +530,15 @@ def _range(counts: Sequence[int]) -> str:
 
 def _fates(fates: Sequence[Mapping[str, Any]]) -> str:
     named = [f"{one['fate']} ({one['error']})" if one["error"] else str(one["fate"]) for one in fates]
+    if set(named) == {"right"}:
+        return "right"
     if len(set(named)) == 1:
-        return named[0]
-    return ", ".join(f"{named.count(name)} {name}" for name in dict.fromkeys(named))
+        return f"**{named[0]}**"
+    return "**" + ", ".join(f"{named.count(name)} {name}" for name in dict.fromkeys(named)) + "**"
 
 
-def _samplers(case: Mapping[str, Any]) -> str:
+def samplers(case: Mapping[str, Any]) -> str:
+    """The one sampler, or that there are several."""
     return "mixed" if len(case["samplers"]) > 1 else str(case["samplers"][0])
 
 
@@ -388,8 +546,21 @@ def _latents(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _bytes(count: int) -> str:
+def byte_count(count: int | None) -> str:
+    """With a binary prefix."""
+    if count is None:
+        return "-"
     for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def _cut(text: str, limit: int) -> str:
+    """`text`, or as many of its lines as fit, and a line that says so."""
+    encoded = text.encode()
+    if len(encoded) <= limit:
+        return text
+    note = f"\n\nCut here: the whole page has {len(encoded):,} bytes, {limit:,} are allowed. report.json has it all.\n"
+    kept = encoded[: max(0, limit - len(note.encode()))].rpartition(b"\n")[0]
+    return kept.decode() + note

@@ -21,7 +21,7 @@ from fastdiff.bench.arms import (
     set_timesteps,
     step_options,
 )
-from fastdiff.bench.measure import Block, Sample
+from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
 from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
 from fastdiff.capture import Mode, Steps
@@ -96,7 +96,7 @@ class RowBench:
                         model_output, timestep, samples[index], **options[index], return_dict=False
                     )[0]
 
-            sample = self._timed(case, row, model_call)
+            sample = self._timed(case, self.bench.stopwatch(), row, model_call)
             lasts[:] = samples
             return sample
 
@@ -119,14 +119,14 @@ class RowBench:
             for slot, table in enumerate(tables):
                 sample = self.first_sample(slot, case.latent_shape)[0] * table.init_noise_sigma
                 rows.slots.load(slot, RequestState(request=None, table=table, latents=table.init(sample)))
-            ahead = self.bench.stopwatch()
-            with ahead:
+            watch = self.bench.stopwatch()
+            with watch:
                 for slot, table in enumerate(tables):
                     if table.max_draws:
                         draw(slot, table)
-            stepped = self._timed(case, lambda number: rows.steps(case.batch), model_call)
+            timed = self._timed(case, watch, lambda number: rows.steps(case.batch), model_call)
             lasts[:] = [rows.slots.read(slot, 1) for slot in range(case.batch)]
-            return Sample(stepped.total_s + ahead.seconds)
+            return timed
 
         return block, lasts
 
@@ -142,9 +142,10 @@ class RowBench:
         }
         return lambda: family.denoiser(sample, numbers, conditioning, numbers)
 
-    def _timed(self, case: RowCase, row: Callable[[int], None], model_call: Callable[[], object] | None) -> Sample:
-        """All rows under one stopwatch, or each alone after a real model call that is not timed."""
-        watch = self.bench.stopwatch()
+    def _timed(
+        self, case: RowCase, watch: Stopwatch, row: Callable[[int], None], model_call: Callable[[], object] | None
+    ) -> Sample:
+        """All rows in one go, or each alone after a real model call that is not timed; on top of `watch`."""
         with torch.no_grad():
             if model_call is None:
                 with watch:
@@ -155,7 +156,7 @@ class RowBench:
                     model_call()
                     with watch:
                         row(number)
-        return Sample(watch.seconds)
+        return Sample(watch.seconds, gpu_s=watch.gpu_s)
 
 
 def setup_blocks(bench: Workbench, sampler: str, case: SetupCase) -> dict[str, Block]:

@@ -1,202 +1,237 @@
-"""A suite on a pipeline -> the report's raw data: every sample, count and outcome, as JSON can hold them."""
+"""`python -m fastdiff.bench run`: measure a suite piece by piece, print it, write reports/runs/<time>/."""
 
 from __future__ import annotations
 
-import math
+import argparse
+import hashlib
+import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import fastdiff
-from fastdiff.bench import arms, rows
+from fastdiff.bench import cells, gates, machine, schema, suite
+from fastdiff.bench.arguments import device, folder, pipeline, plain_name, positive, refuse, scheduler
 from fastdiff.bench.arms import Workbench
-from fastdiff.bench.measure import Sample, StopRule, compare, interleave
-from fastdiff.bench.suite import FateCase, ImageCase, MemoryCase, RowCase, SetupCase, Suite
-from fastdiff.bench.vram import vram_peak
+from fastdiff.bench.cells import Piece
+from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, unfinished
+from fastdiff.bench.rows import RowBench
+from fastdiff.bench.suite import Suite
+from fastdiff.bench.summary import summarize
+from fastdiff.errors import FastdiffError
+from fastdiff.families import family_of
 
-IMAGE_TOLERANCE = 1e-3  # of a pixel in [0, 1], a quarter of a grey level: batching alone moves pixels by up to 1e-4
-ROW_TOLERANCE = 1e-4  # largest difference of the last samples, relative to their largest element
-
-Entry = dict[str, Any]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One piece of a run: what it adds to which list of the report."""
-
-    section: str
-    title: str
-    measure: Callable[[], Iterable[Entry]]
+NEWEST = Path()
+INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 
-def run(pipe: Any, suite: Suite, seed: int, say: Say) -> dict[str, Any]:
-    """Every case of `suite`. `say` is called with the title of each piece when it starts.
-
-    A piece that cannot run (a sampler without a table, a schedule that diffusers refuses) is listed with its reason.
-    """
-    bench = Workbench(pipe)
-    sections = ("setup", "counts", "fates", "errors", "memory", "rows", "images", "unsupported")
-    results: dict[str, list[Entry]] = {section: [] for section in sections}
-    piece_s: dict[str, float] = {}
-    started = time.perf_counter()
-    for piece in pieces(bench, suite, seed):
-        say(piece.title)
-        torch.set_num_threads(suite.threads)
-        piece_started = time.perf_counter()
-        try:
-            results[piece.section] += piece.measure()
-        except Exception as error:  # whatever a sampler raises is the reason
-            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            results["unsupported"].append({"what": piece.title, "reason": reason})
-        piece_s[piece.title] = time.perf_counter() - piece_started
-    return {
-        **results,
-        **{name: [asdict(one) for one in getattr(suite, name)] for name in ("attribution", "no_gain", "target")},
-        "latent_shape": list(bench.family.latent_shape),
-        "compile_s": dict(bench.compile_s),
-        "seconds": {"compile": sum(bench.compile_s.values()), "all": time.perf_counter() - started, "pieces": piece_s},
-    }
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite, its overrides, what of it to run, and where the report goes."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--suite", default="run", metavar="NAME", help="run, smoke, ci or a TOML file (default: run)")
+    which.add_argument("--quick", action="store_const", const="smoke", dest="suite", help="the suite smoke: a minute")
+    parser.add_argument("-k", dest="only", default="", metavar="EXPR", help="pieces with this in their title alone")
+    parser.add_argument("--list", action="store_true", help="print the pieces' titles and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print how long each piece may sample and run nothing")
+    parser.add_argument(
+        "--resume", type=Path, nargs="?", const=NEWEST, metavar="FOLDER", help="go on with a killed run (the newest)"
+    )
+    parser.add_argument("--update-baseline", action="store_true", help="make this run's exact figures the baseline")
+    parser.add_argument("--json", action="store_true", help="print the report's JSON instead of tables")
+    parser.add_argument("--model", type=folder, metavar="DIR", help="a saved diffusers pipeline (default: digits)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="requests at once in concurrent cases")
+    parser.add_argument("--scheduler", type=scheduler, metavar="NAME", help="this sampler alone, in every case")
+    parser.add_argument("--steps", type=positive, metavar="N", help="denoising steps, in every case")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts' latents, noise and the order of arms")
+    parser.add_argument("--save", type=plain_name, metavar="NAME", help="write reports/NAME/ as well")
 
 
-def count_pieces(suite: Suite) -> int:
-    """How many pieces `run` makes of `suite`."""
-    by_sampler = [case.samplers for case in suite.setup] + [case.samplers for case in suite.fate]
-    return sum(map(len, (*by_sampler, suite.count, suite.error, suite.memory, suite.row, suite.image)))
+def main(options: argparse.Namespace) -> int:
+    """Measure, print and write. 0; 1 where an exact figure grew, 3 where an arm answered wrongly, 4 where a piece
+    could not run."""
+    try:
+        chosen = suite.load(options.suite)
+    except (OSError, ValueError) as error:
+        refuse(f"--suite: {error}")
+    chosen = chosen.override(batch=options.batch, scheduler=options.scheduler, steps=options.steps)
+    whole = list(cells.pieces(chosen, options.seed))
+    pieces = [piece for piece in whole if options.only in piece.title]
+    if not pieces:
+        refuse(f"-k: no piece of {options.suite} has {options.only!r} in its title; --list shows them")
+    if options.list or options.dry_run:
+        sys.stdout.write("".join(f"{line}\n" for line in _plan(pieces, options.dry_run)))
+        return 0
+    torch.set_num_threads(chosen.threads)  # the fingerprint has them
+    journal = _journal(options, chosen)
+    try:
+        report = measure(options, chosen, pieces, journal)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"stopped after {len(journal.finished)} pieces; the same with --resume goes on from there\n")
+        return INTERRUPTED
+    report["complete"] = len(pieces) == len(whole)
+    write(options, report, journal)
+    return exit_code(report)
 
 
-def pieces(bench: Workbench, suite: Suite, seed: int) -> Iterator[Piece]:
-    """The suite as pieces, the quick and exact ones first."""
-    row_bench = rows.RowBench(bench, seed)
-    for setup in suite.setup:
-        for sampler in setup.samplers:
-            yield Piece("setup", f"set-up: {sampler}", partial(_setup, bench, sampler, setup, suite, seed))
-    for count in suite.count:
-        yield Piece("counts", "operations and syncs", partial(rows.counts, row_bench, count))
-    for fate in suite.fate:
-        for sampler in fate.samplers:
-            yield Piece("fates", f"interleaved requests: {sampler}", partial(_fates, bench, sampler, fate, seed))
-    for error in suite.error:
-        yield Piece("errors", "error against float64", partial(rows.errors, row_bench, error))
-    for memory in suite.memory:
-        yield Piece("memory", f"memory: {memory.name}", partial(_memory, row_bench, memory))
-    for row in suite.row:
-        yield Piece("rows", f"rows: {row.name}", partial(_rows, row_bench, row, suite, seed))
-    for image in suite.image:
-        yield Piece("images", f"images: {image.name}", partial(_images, bench, image, suite, seed))
+def exit_code(report: schema.Report) -> int:
+    """What a run amounts to. Times play no part: they are judged in pairs of processes, by `ab`."""
+    cases = (*report["images"], *report["rows"])
+    if any(arm["status"] != "ok" for case in cases for arm in case["arms"].values()):
+        return 3
+    changes = (report["gates"] or {}).get("changes") or ()
+    if any(change["verdict"] == "REGRESSION" for change in changes):
+        return 1
+    return 4 if report["unsupported"] else 0
 
 
-def _setup(bench: Workbench, sampler: str, case: SetupCase, suite: Suite, seed: int) -> Iterator[Entry]:
-    blocks = rows.setup_blocks(bench, sampler, case)
-    measured = interleave(blocks, [], _rule(suite, max_s=suite.row_max_s), seed)
-    call_s = {name: [sample.total_s for sample in samples] for name, samples in measured.items()}
-    yield {"sampler": sampler, "steps": case.steps, "call_s": call_s}
-
-
-def _memory(row_bench: rows.RowBench, case: MemoryCase) -> Iterator[Entry]:
-    yield {**asdict(case), "entries": list(rows.memory(row_bench, case))}
-
-
-def _rows(row_bench: rows.RowBench, case: RowCase, suite: Suite, seed: int) -> Iterator[Entry]:
-    torch.set_num_threads(case.threads)  # before anything is compiled: the kernels are made for so many
-    made = {"diffusers": row_bench.diffusers_rows(case)}
-    shape = "x".join(map(str, case.latent_shape))
-    for mode in case.modes:
-        made[f"tensorized/{mode}"] = row_bench.table_block(case, mode)
-    for name, (block, _) in made.items():
-        row_bench.bench.first_call(f"null-model step, {shape}, batch {case.batch}", name, block)
-    lasts = {name: rows.last_samples(last) for name, (_, last) in made.items()}
-    reference = lasts["diffusers"]
-    errors = {name: ((last - reference).abs().max() / reference.abs().max()).item() for name, last in lasts.items()}
-    valid = {name: block for name, (block, _) in made.items() if errors[name] <= ROW_TOLERANCE}
-    pairs = [("diffusers", name) for name in made if name != "diffusers" and name in valid]
-    measured = interleave(valid, pairs, _rule(suite, case.max_s or suite.row_max_s), seed)
-    yield {
-        **asdict(case),
-        "arms": {name: _arm(measured.get(name, []), errors[name], ROW_TOLERANCE) for name in made},
-        "comparisons": _compared(measured, pairs, suite.level),
-    }
-
-
-def _images(bench: Workbench, case: ImageCase, suite: Suite, seed: int) -> Iterator[Entry]:
-    requests = arms.requests_of(bench, case.samplers, case.steps, case.guidance, case.batch, seed)
-    sequential = case.workload == "sequential"
-    blocks = {arm: arms.image_block(bench, arm, requests, sequential) for arm in case.arms}
-    errors, peaks = {}, {}
-    with torch.no_grad():
-        reference = torch.stack(arms.images_of(bench, "shared-sequential/eager", requests, True, bench.stopwatch()))
-        for arm, block in blocks.items():
-            what = "denoiser and step" if arm.startswith("tensorized") else "denoiser"
-            bench.first_call(f"{what}, batch {case.batch}", arm, block)
-            images = torch.stack(arms.images_of(bench, arm, requests, sequential, bench.stopwatch()))
-            errors[arm] = (images - reference).abs().max().item()
-            peaks[arm] = vram_peak(bench.device, block)
-    valid = {arm: block for arm, block in blocks.items() if errors[arm] <= IMAGE_TOLERANCE}
-    pairs = [pair for pair in case.compare if set(pair) <= valid.keys()]
-    measured = interleave(valid, pairs, _rule(suite, case.max_s), seed)
-    yield {
-        **asdict(case),
-        "rows": sum(len(fastdiff.tabulate(request.scheduler, request.steps)) for request in requests),
-        "arms": {
-            arm: {**_arm(measured.get(arm, []), errors[arm], IMAGE_TOLERANCE), "vram_peak_bytes": peaks[arm]}
-            for arm in case.arms
-        },
-        "comparisons": _compared(measured, pairs, suite.level),
-    }
-
-
-def _rule(suite: Suite, max_s: float) -> StopRule:
-    return StopRule(level=suite.level, half_width=suite.half_width, max_pairs=suite.max_pairs, max_s=max_s)
-
-
-def _arm(samples: list[Sample], error: float, tolerance: float) -> Entry:
-    """An arm's part of a cell. A wrong answer has no times: however fast, it is INVALID."""
-    right = error <= tolerance  # NaN is not
-    return {
-        "status": "ok" if right else "INVALID",
-        "reason": None if right else f"differs from the reference by {error:.2g}, more than {tolerance:g}",
-        "error": error if math.isfinite(error) else None,
-        "total_s": [sample.total_s for sample in samples],
-        "loop_s": [sample.loop_s for sample in samples if sample.loop_s is not None],
-    }
-
-
-def _compared(measured: Mapping[str, list[Sample]], pairs: Iterable[tuple[str, str]], level: float) -> list[Entry]:
+def _plan(pieces: Sequence[Piece], with_limits: bool) -> list[str]:
+    """The titles; with limits, how long each may sample at most, and all of them."""
+    if not with_limits:
+        return [piece.title for piece in pieces]
+    timed = [piece.max_s for piece in pieces if piece.max_s is not None]
     return [
-        {"base": base, "arm": arm, "ratio": asdict(compare(measured[base], measured[arm], level))}
-        for base, arm in pairs
+        *(f"{'' if piece.max_s is None else f'{piece.max_s:g} s':>8}  {piece.title}" for piece in pieces),
+        f"{len(pieces)} pieces, at most {sum(timed):g} s of sampling in {len(timed)} of them. "
+        "Warm-up, compilation and the pieces without a clock come on top.",
     ]
 
 
-def _fates(bench: Workbench, sampler: str, case: FateCase, seed: int) -> Iterator[Entry]:
-    """What became of two requests that ran interleaved, against each one alone."""
-    for workload, steps in (("concurrent-equal", (case.steps,) * 2), ("concurrent-mixed", (case.steps, case.unequal))):
-        requests = arms.requests_of(bench, (sampler,), steps, case.guidance, 2, seed)
-        with torch.no_grad():
-            solo = arms.images_of(bench, "cloned-deepcopy/eager", requests, True, bench.stopwatch())
-            for arm in case.arms:
-                outcomes = arms.interleaved(bench, arm, requests)
-                yield {
-                    "sampler": sampler,
-                    "workload": workload,
-                    "arm": arm,
-                    "steps": list(steps),
-                    "fates": [_fate(outcome, image) for outcome, image in zip(outcomes, solo, strict=True)],
-                }
-
-
-def _fate(outcome: Tensor | Exception, solo: Tensor) -> Entry:
-    if isinstance(outcome, Exception):
-        return {"fate": "raised", "error": type(outcome).__name__, "difference": None}
-    difference = (outcome - solo).abs().max().item()
-    right = difference <= IMAGE_TOLERANCE
-    return {
-        "fate": "right" if right else "silently wrong",
-        "error": None,
-        "difference": difference if math.isfinite(difference) else None,
+def _journal(options: argparse.Namespace, chosen: Suite) -> Journal:
+    """A new run's, or that of the run to go on with."""
+    known = commit()
+    header = {
+        "suite": f"{options.suite} {hashlib.sha256(repr(chosen).encode()).hexdigest()[:12]}",
+        "only": options.only,
+        "seed": options.seed,
+        "model": str(options.model or ""),
+        "machine": machine.fingerprint(torch.device(options.device))["id"],
+        "commit": known["id"] + (" with changes" if known["dirty"] else ""),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
     }
+    try:
+        if options.resume is not None:
+            return Journal.resume(unfinished() if options.resume == NEWEST else options.resume, header)
+        return Journal.start(RUNS / time.strftime("%Y%m%d-%H%M%S"), header)
+    except CannotResume as error:
+        refuse(f"--resume: {error}")
+    except FileExistsError:
+        refuse(f"another run was started here within this second; see {RUNS}")
+
+
+def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece], journal: Journal) -> dict[str, Any]:
+    """The report of `pieces`: those that the journal lacks are measured, and added to it."""
+    resumed = len(journal.finished)
+    if [one["title"] for one in journal.finished] != [piece.title for piece in pieces[:resumed]]:
+        refuse(f"--resume: {journal.folder}: its pieces are not this suite's; start a new run")
+    known = _baseline(options)
+    pipe, model_name = pipeline(options.model, options.device)
+    try:
+        family = family_of(pipe)
+    except FastdiffError as error:
+        refuse(f"--model: {error}")
+    fingerprint = machine.fingerprint(family.device)
+    _run_pieces(RowBench(Workbench(pipe), options.seed), pieces[resumed:], chosen.threads, journal)
+    raw = cells.assemble(chosen, journal.finished)
+    if raw["gates"]:
+        changes = None if known is None else gates.compare(raw["gates"]["figures"], known)
+        raw["gates"]["changes"] = None if changes is None else [asdict(change) for change in changes]
+    unet = pipe.unet
+    weights = [weight for part in (unet, pipe.vae, pipe.text_encoder) for weight in part.parameters()]
+    report: dict[str, Any] = {
+        "schema": schema.SCHEMA,
+        "suite": Path(options.suite).stem,
+        "created": journal.header["created"],
+        "command": journal.header["command"],
+        "model": {
+            "name": model_name,
+            "parameters": sum(weight.numel() for weight in weights),
+            "toy": sum(weight.numel() for weight in unet.parameters()) < 50_000_000,
+            "latent_shape": list(family.latent_shape),
+            "dtype": str(unet.dtype).removeprefix("torch."),
+        },
+        "settings": {
+            "device": str(unet.device),
+            "seed": options.seed,
+            "threads": chosen.threads,
+            "level": chosen.level,
+            "half_width": chosen.half_width,
+        },
+        "machine": fingerprint,
+        "commit": commit(),
+        "resumed": resumed,
+        **raw,
+    }
+    return {**report, "summary": summarize(report)}
+
+
+def _run_pieces(row_bench: RowBench, pieces: Sequence[Piece], threads: int, journal: Journal) -> None:
+    """Each piece in turn, with a progress bar; what is finished is in the journal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with warnings.catch_warnings(), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        warnings.simplefilter("ignore")  # samplers at unusual settings divide by zero, and say so at each step
+        task = progress.add_task("starting", total=len(pieces))
+        for piece in pieces:
+            progress.update(task, description=piece.title)
+            journal.add(cells.measure(piece, row_bench, threads))
+            progress.advance(task)
+
+
+def _baseline(options: argparse.Namespace) -> dict[str, int] | None:
+    """The committed figures to compare with; those of the shipped model are no baseline for another."""
+    if options.model is not None:
+        return None
+    try:
+        return gates.baseline(gates.key(torch.device(options.device)))
+    except ValueError as error:
+        refuse(str(error))
+
+
+def write(options: argparse.Namespace, report: dict[str, Any], journal: Journal) -> None:
+    """The report into the run's folder, and wherever else the options say; then what to know of it."""
+    from fastdiff.bench.page import html
+    from fastdiff.bench.report import markdown, print_tables
+
+    text = json.dumps(schema.document(report), indent=1, allow_nan=False) + "\n"
+    files = {"report.json": text, "report.md": markdown(report), "report.html": html(report)}
+    folders = [journal.folder, *([Path("reports", options.save)] if options.save else [])]
+    for place in folders:
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (place / name).write_text(content, encoding="utf-8")
+    if options.json:
+        sys.stdout.write(text)
+    else:
+        print_tables(report)
+    said = [f"wrote {place / 'report.html'}" for place in folders]
+    said += [f"not measured: {failed['what']}: {failed['reason']}" for failed in report["unsupported"]]
+    said += _said_of_gates(options, report)
+    if report["canaries"] and report["canaries"]["doubt"]:
+        said.append(f"no time of this run is to be believed: {report['canaries']['doubt']}")
+    sys.stderr.write("".join(f"{line}\n" for line in said))
+
+
+def _said_of_gates(options: argparse.Namespace, report: schema.Report) -> list[str]:
+    measured = report["gates"]
+    if not measured:
+        return []
+    if options.update_baseline:
+        return [f"wrote {gates.save(measured['key'], measured['figures'])}"]
+    if measured["changes"] is None:
+        return [f"incomparable: reports/baselines has no exact figures of {measured['key']} and this model"]
+    return [f"{one['verdict']}: {one['name']}: {one['base']} -> {one['head']}" for one in measured["changes"]]

@@ -133,6 +133,7 @@ class Suite:
     half_width: float = 0.01
     max_pairs: int = 40
     row_max_s: float  # of sampling a row or set-up case
+    canary_max_s: float = 5.0  # of sampling the canaries
     image: tuple[ImageCase, ...] = ()
     row: tuple[RowCase, ...] = ()
     setup: tuple[SetupCase, ...] = ()
@@ -197,12 +198,13 @@ T = TypeVar("T")
 
 
 def load(name: str) -> Suite:
-    """The suite `name`, from the wheel's copy of the repository's `bench/` or from the repository itself."""
-    for folder in (Path(__file__).parent / "suites", Path(__file__).parents[2] / "bench"):
-        path = folder / f"{name}.toml"
+    """The suite `name`, from the wheel's copy of the repository's `bench/` or from the repository itself; or a file."""
+    folders = (Path(__file__).parent / "suites", Path(__file__).parents[2] / "bench")
+    for path in (Path(name),) if name.endswith(".toml") else (folder / f"{name}.toml" for folder in folders):
         if path.exists():
             return parse(tomllib.loads(path.read_text(encoding="utf-8")))
-    raise FileNotFoundError(f"expected a suite {name}.toml in fastdiff/bench/suites or bench/")
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
+    raise FileNotFoundError(f"expected a suite's file or one of {', '.join(known)}, got {name!r}")
 
 
 def parse(document: Mapping[str, Any]) -> Suite:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.audit import EmulatedDevice, Operation, elements
 
@@ -72,6 +74,23 @@ def reachable_tensors(holder: Any) -> Iterator[Tensor]:
             waiting.extend(value)
         elif hasattr(value, "__dict__"):
             waiting.extend(vars(value).values())
+
+
+def live_tensors(device: torch.device) -> list[Tensor]:
+    """Every tensor on the device that Python holds."""
+    gc.collect()
+    # By type: isinstance would ask every lazy proxy of every library for its class.
+    tensors = (one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter))
+    return [one for one in tensors if one.device == device and one.layout == torch.strided]
+
+
+def pool_bytes(device: torch.device) -> dict[str, int]:
+    """What torch reserves of a CUDA device, by memory pool: "0.0" is the common one, the others are of graphs."""
+    pools: Counter[str] = Counter()
+    for segment in torch.cuda.memory_snapshot():
+        if segment["device"] == device.index:
+            pools[".".join(map(str, segment["segment_pool_id"]))] += segment["total_size"]
+    return dict(sorted(pools.items()))
 
 
 def vram_peak(device: torch.device, work: Callable[[], object]) -> int | None:

@@ -33,17 +33,43 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--device", "cuda:99"), "torch finds no such CUDA device as 'cuda:99'"),
         (("--save", "../out"), "expected a plain folder name"),
         (("--scheduler", "Foo"), "expected one of "),
-        (("compare",), "invalid choice: 'compare'"),
+        (("--suite", "full"), "expected a suite's file or one of "),
+        (("--suite", "pyproject.toml"), "--suite: "),
+        (("--quick", "--suite", "ci"), "not allowed with argument"),
+        (("--quick", "-k", "nothing like it"), "no piece of smoke has 'nothing like it' in its title"),
+        (("compare", "nowhere.json", "nowhere.json"), "nowhere.json: No such file"),
+        (("compare",), "the following arguments are required: BASE, HEAD"),
+        (("measure",), "invalid choice: 'measure'"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *arguments)
 
 
+def test_list_and_dry_run_say_what_would_run_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--quick", "--list"]) == 0
+    titles = capsys.readouterr().out.splitlines()
+    assert len(titles) == 13
+    assert "images: mixed" in titles
+    assert main(["--quick", "--list", "-k", "images"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["images: sequential", "images: mixed"]
+    assert main(["--quick", "--dry-run", "-k", "mixed"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "     1 s  rows: mixed, hot",
+        "    10 s  images: mixed",
+        "2 pieces, at most 11 s of sampling in 2 of them. "
+        "Warm-up, compilation and the pieces without a clock come on top.",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     line = refused(capsys, "--model", str(tmp_path))
-    assert f"--model: {tmp_path} is not a saved diffusers pipeline" in line
+    assert f"{tmp_path} is not a saved diffusers pipeline" in line
 
 
 def test_without_the_extra_it_says_what_to_install(

@@ -9,16 +9,26 @@ from typing import Any
 
 import pytest
 
-from fastdiff.bench import arms, run
+from fastdiff.bench import arms, cells, gates, schema
 from fastdiff.bench.__main__ import main
+from fastdiff.bench.arms import Workbench
 from fastdiff.bench.report import attribution_table, markdown, markdown_table, tables
+from fastdiff.bench.rows import RowBench
+from fastdiff.bench.run import exit_code
 from fastdiff.bench.suite import FateCase, Suite, parse
 from fastdiff.bench.summary import summarize
 
 
+def measured(pipe: Any, suite: Suite) -> dict[str, Any]:
+    """The sections of a report, but for those that every run has."""
+    row_bench = RowBench(Workbench(pipe), 0)
+    chosen = [piece for piece in cells.pieces(suite, 0) if piece.section not in ("gates", "canaries")]
+    return cells.assemble(suite, [cells.measure(piece, row_bench, suite.threads) for piece in chosen])
+
+
 def fates_of(pipe: Any, samplers: tuple[str, ...], arm_names: tuple[str, ...]) -> dict[tuple[str, str, str], list[str]]:
     case = FateCase(samplers=samplers, arms=arm_names, steps=4, unequal=6)
-    raw = run.run(pipe, Suite(threads=1, row_max_s=0, fate=(case,)), 0, lambda what: None)
+    raw = measured(pipe, Suite(threads=1, row_max_s=0, fate=(case,)))
     return {
         (one["sampler"], one["workload"], one["arm"]): [
             f"{fate['fate']} {fate['error'] or ''}".strip() for fate in one["fates"]
@@ -81,12 +91,14 @@ def around(raw: dict[str, Any]) -> dict[str, Any]:
     report = {
         "suite": "test",
         "created": "today",
+        "command": ["test"],
         "model": {"name": "tiny", "parameters": 1, "toy": True, "latent_shape": [4, 8, 8], "dtype": "float32"},
         "settings": {"device": "cpu", "seed": 0, "threads": 1, "level": 0.99, "half_width": 1.0},
         "machine": {
             "id": "0", "cpu": "a CPU", "cpus_usable": 1, "threads": 1, "gpu": None, "python": "3",
             "packages": {"torch": "2", "diffusers": "0"},
         },
+        "complete": True,
         **raw,
     }  # fmt: skip
     return {**report, "summary": summarize(report)}
@@ -94,12 +106,12 @@ def around(raw: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_every_ownership_gives_the_image_of_the_request_alone(tiny_pipe: Any) -> None:
-    raw = run.run(tiny_pipe, parse(IMAGE_SUITE), 0, lambda what: None)
-    measured = raw["images"][0]["arms"]
-    assert {name: arm["status"] for name, arm in measured.items()} == dict.fromkeys(measured, "ok")
-    assert measured["pipeline/eager"]["error"] == 0
-    assert measured["shared-locked/eager"]["error"] == 0
-    assert all(len(arm["total_s"]) == 8 for arm in measured.values())
+    raw = measured(tiny_pipe, parse(IMAGE_SUITE))
+    found = raw["images"][0]["arms"]
+    assert {name: arm["status"] for name, arm in found.items()} == dict.fromkeys(found, "ok")
+    assert found["pipeline/eager"]["error"] == 0
+    assert found["shared-locked/eager"]["error"] == 0
+    assert all(len(arm["total_s"]) == 8 for arm in found.values())
     report = around(raw)
     assert [target["met"] for target in report["summary"]["targets"]] == [True]
     assert raw["unsupported"] == []
@@ -114,12 +126,13 @@ def test_a_fast_wrong_answer_is_invalid(tiny_pipe: Any, monkeypatch: pytest.Monk
         return clone
 
     monkeypatch.setitem(arms.OWNERS, "cloned-shallow", wrong)
-    raw = run.run(tiny_pipe, parse(IMAGE_SUITE), 0, lambda what: None)
+    raw = measured(tiny_pipe, parse(IMAGE_SUITE))
     case = raw["images"][0]
     assert case["arms"]["cloned-shallow/eager"]["status"] == "INVALID"
     assert case["arms"]["cloned-shallow/eager"]["total_s"] == []
     assert case["comparisons"] == []
     report = around(raw)
+    assert exit_code(report) == 3
     assert [target["met"] for target in report["summary"]["targets"]] == [False]
     assert "no valid pair" in markdown_table(attribution_table(report))
     assert "INVALID: a wrong answer" in markdown(report)
@@ -144,22 +157,21 @@ def quick(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_writes_a_report_twice_when_asked_to(quick: Path) -> None:
     (run_folder,) = (quick / "reports" / "runs").iterdir()
-    for name in ("report.json", "report.md"):
+    for name in ("report.json", "report.md", "report.html"):
         assert (run_folder / name).read_bytes() == (quick / "reports" / "kept" / name).read_bytes()
 
 
 def test_the_page_is_a_pure_function_of_the_json(quick: Path) -> None:
-    text = (quick / "reports" / "kept" / "report.json").read_text()
     page = (quick / "reports" / "kept" / "report.md").read_text()
-    report = json.loads(text)
-    assert markdown(report) == page == markdown(json.loads(text))
+    report = schema.load(quick / "reports" / "kept")
+    assert markdown(report) == page == markdown(schema.load(quick / "reports" / "kept"))
     raw = {key: value for key, value in report.items() if key != "summary"}
     assert summarize(raw) == report["summary"]
     assert page.isascii()
 
 
 def test_the_page_opens_with_the_attribution(quick: Path) -> None:
-    report = json.loads((quick / "reports" / "kept" / "report.json").read_text())
+    report = schema.load(quick / "reports" / "kept")
     page = (quick / "reports" / "kept" / "report.md").read_text()
     titles = [table.title for table in tables(report)]
     assert titles[0].startswith("What each step is worth")
@@ -170,8 +182,8 @@ def test_the_page_opens_with_the_attribution(quick: Path) -> None:
 
 
 def test_the_report_keeps_raw_samples_and_the_machine(quick: Path) -> None:
-    report = json.loads((quick / "reports" / "kept" / "report.json").read_text())
-    assert report["schema"] == "fastdiff.bench/1"
+    report = schema.load(quick / "reports" / "kept")
+    assert (report["schema"], report["suite"], report["complete"]) == ("fastdiff.bench/1", "smoke", True)
     assert len(report["machine"]["id"]) == 12
     assert report["model"]["toy"]
     assert report["unsupported"] == []
@@ -179,6 +191,38 @@ def test_the_report_keeps_raw_samples_and_the_machine(quick: Path) -> None:
         lengths = {len(arm["total_s"]) for arm in case["arms"].values()}
         assert len(lengths) == 1
         assert lengths.pop() >= 8
+
+
+def test_every_run_carries_its_canaries_and_its_exact_figures(quick: Path) -> None:
+    report = schema.load(quick / "reports" / "kept")
+    lengths = {len(times) for times in report["canaries"]["total_s"].values()}
+    assert len(lengths) == 1
+    assert lengths.pop() >= 8
+    wrong = report["canaries"]["slower_10_percent"]["verdict"] != "REGRESSION"
+    assert wrong <= bool(report["canaries"]["doubt"])
+    assert report["gates"]["figures"]["host syncs per row: mixed, batch 8"] == 0
+    assert report["gates"]["changes"] is None  # the baseline is the shipped model's, and this is another
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_gates_on_the_committed_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    only = ["--quick", "-k", "deterministic figures", "--json"]
+    assert main([*only, "--update-baseline"]) == 0
+    (path,) = (tmp_path / "reports" / "baselines").iterdir()
+    assert f"wrote {gates.BASELINES / path.name}" in capsys.readouterr().err
+    figures = json.loads(path.read_text())
+    name = "ops per row: mixed, batch 8"
+    path.write_text(json.dumps({**figures, name: figures[name] - 1, "gone": 1}))
+    assert main(only) == 1
+    captured = capsys.readouterr()
+    assert f"REGRESSION: {name}: {figures[name] - 1} -> {figures[name]}" in captured.err
+    report = json.loads(captured.out)["fastdiff"]
+    assert {one["name"] for one in report["gates"]["changes"]} == {name, "gone"}
+    assert not report["complete"]  # a part of the suite
+    assert report["canaries"] is None
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -193,11 +237,12 @@ def test_what_cannot_run_is_listed_with_its_reason_and_the_rest_runs(tiny_pipe: 
         "no_gain": [{"label": "x", "case": "too long", "base": "diffusers", "arm": "tensorized/eager"}],
         "target": [{"label": "t", "case": "too long", "base": "diffusers", "arms": ["tensorized/eager"]}],
     }
-    raw = run.run(tiny_pipe, parse(suite), 0, lambda what: None)
+    raw = measured(tiny_pipe, parse(suite))
     assert [one["sampler"] for one in raw["setup"]] == ["Euler"]
     reasons = {one["what"]: one["reason"] for one in raw["unsupported"]}
     assert "CosineDPMSolverMultistepScheduler" in reasons["set-up: CosineDPMSolverMultistep"]
     assert "PlanMismatch" in reasons["rows: too long"]
     report = around(raw)
     assert report["summary"]["targets"][0]["met"] is False
+    assert exit_code(report) == 4
     assert "## Unsupported" in markdown(report)

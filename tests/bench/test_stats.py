@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastdiff.bench.stats import hodges_lehmann, pairs_needed, ratio
+from fastdiff.bench.stats import hodges_lehmann, pairs_needed, percentile, ratio, times_needed
 
 
 def drifting_times(rng: np.random.Generator, pairs: int, true_ratio: float) -> tuple[list[float], list[float]]:
@@ -85,3 +85,12 @@ def test_times_that_are_no_times_are_refused(bad: float, side: int) -> None:
 def test_unpaired_times_are_refused() -> None:
     with pytest.raises(ValueError, match="equally long"):
         ratio([1.0] * 10, [1.0] * 9)
+
+
+def test_a_tail_is_told_only_where_n_allows() -> None:
+    assert [times_needed(percent) for percent in (90, 95, 99)] == [44, 90, 459]
+    times = [float(n) for n in range(1, 91)]
+    assert percentile(times[:43], 90) is None
+    assert percentile(times[:44], 90) == pytest.approx(39.7)
+    assert percentile(times, 95) == pytest.approx(85.55)
+    assert percentile(times, 99) is None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastdiff.bench.run import count_pieces
+from fastdiff.bench.cells import pieces
 from fastdiff.bench.suite import load, parse
 
 MINIMAL: dict[str, Any] = {"threads": 1, "row_max_s": 1}
@@ -22,16 +23,31 @@ IMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["run", "quick"])
+@pytest.mark.parametrize("name", ["run", "smoke", "ci"])
 def test_the_suites_that_ship_parse(name: str) -> None:
     suite = load(name)
     assert suite.level == 0.99
     assert suite.attribution[0].base == "pipeline/eager"
-    assert count_pieces(suite) > 10
+    titles = [piece.title for piece in pieces(suite, 0)]
+    assert len(titles) == len(set(titles)) > 10
+    assert (titles[0], titles[-1]) == ("deterministic figures", "canaries")
 
 
-def test_quick_compiles_nothing() -> None:
-    suite = load("quick")
+@pytest.mark.parametrize(("name", "within_s"), [("smoke", 40), ("run", 170), ("ci", 480)])
+def test_a_suite_samples_no_longer_than_it_may_take(name: str, within_s: float) -> None:
+    assert sum(piece.max_s or 0 for piece in pieces(load(name), 0)) <= within_s
+
+
+def test_a_suite_may_be_any_file_and_another_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("threads = 1\nrow_max_s = 2\n")
+    assert load(str(tmp_path / "mine.toml")).row_max_s == 2
+    with pytest.raises(FileNotFoundError, match=r"expected a suite's file or one of .*ci.*run.*smoke, got 'full'"):
+        load("full")
+
+
+@pytest.mark.parametrize("name", ["smoke", "ci"])
+def test_the_smoke_and_ci_suites_compile_nothing(name: str) -> None:
+    suite = load(name)
     assert all(mode == "eager" for case in suite.row for mode in case.modes)
     assert all(arm.endswith("/eager") for case in suite.image for arm in case.arms)
 

@@ -10,7 +10,7 @@ import torch
 from fastdiff.audit import on_host
 from fastdiff.bench.rows import RowBench, counts, memory
 from fastdiff.bench.suite import CountCase, MemoryCase
-from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
+from fastdiff.bench.vram import CountingDevice, live_tensors, reachable_tensors, storage_bytes
 
 
 def test_every_tensor_is_found_once_however_deep() -> None:
@@ -26,6 +26,17 @@ def test_views_share_their_storage() -> None:
     whole = torch.zeros(10, 4)
     assert storage_bytes([whole[0], whole[5:], whole]) == 160
     assert storage_bytes([whole[0]]) == 160  # one view keeps all of it alive
+
+
+def test_live_tensors_are_those_that_python_holds_on_the_device() -> None:
+    before = storage_bytes(live_tensors(torch.device("cpu")))
+    held, elsewhere = torch.zeros(1000), torch.zeros(1000, device="meta")
+    holder = [held[10:]]
+    holder.append(torch.zeros(500))
+    assert storage_bytes(live_tensors(torch.device("cpu"))) == before + 4000 + 2000
+    assert any(one is elsewhere for one in live_tensors(torch.device("meta")))
+    del held, holder[:]
+    assert storage_bytes(live_tensors(torch.device("cpu"))) == before
 
 
 def test_what_comes_of_a_device_tensor_is_on_the_device() -> None:

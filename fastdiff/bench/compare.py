@@ -1,0 +1,194 @@
+"""`python -m fastdiff.bench compare BASE HEAD`: exact figures gate; times that were not taken in pairs hint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastdiff.bench import gates, schema
+from fastdiff.bench.arguments import refuse
+from fastdiff.bench.schema import PYTEST_BENCHMARK, BadReport, Report
+
+DELTA = 0.02
+LEAST_ROUNDS = 20
+
+Hint = Literal["slower", "faster", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class Time:
+    """One benchmark in both: medians, and whether the middle halves of the times are apart."""
+
+    name: str
+    base_s: float
+    head_s: float
+    hint: Hint
+
+    @property
+    def change(self) -> float:
+        """+0.05 is 5 % slower."""
+        return self.head_s / self.base_s - 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two reports say of each other. A reason stands where they cannot be compared, empty where they can."""
+
+    wrong: tuple[str, ...]  # what head answered wrongly
+    changes: tuple[gates.Change, ...]
+    no_figures: str
+    times: tuple[Time, ...]
+    missing: tuple[str, ...]  # what base has times of and head has not
+    no_times: str
+    doubt: str  # of either report's canaries
+
+    def exit_code(self, fail_on_time: bool) -> int:
+        """3 where head is wrong or nothing can be compared, 1 where anything gated got worse, else 0."""
+        if self.wrong or (self.no_times and (self.no_figures or fail_on_time)) or (self.doubt and fail_on_time):
+            return 3
+        slower = bool(self.missing) or any(time.hint == "slower" for time in self.times)
+        return int(any(change.verdict == "REGRESSION" for change in self.changes) or (fail_on_time and slower))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """BASE, HEAD and --fail-on-time."""
+    for name in ("base", "head"):
+        parser.add_argument(
+            name, type=Path, metavar=name.upper(), help="a report's folder or file, or pytest-benchmark's"
+        )
+    parser.add_argument("--fail-on-time", action="store_true", help="exit with 1 where head looks slower, too")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compare and print Markdown."""
+    try:
+        compared = compare(schema.load(options.base), schema.load(options.head))
+    except BadReport as error:
+        refuse(str(error))
+    sys.stdout.write(markdown(compared, str(options.base), str(options.head)))
+    return compared.exit_code(options.fail_on_time)
+
+
+def compare(base: Report, head: Report) -> Comparison:
+    """Everything that both have. Pure."""
+    no_figures, no_times = _no_figures(base, head), _no_times(base, head)
+    known, new = _benchmarks(base), _benchmarks(head)
+    return Comparison(
+        wrong=tuple(_wrong(head)),
+        changes=() if no_figures else tuple(gates.compare(head["gates"]["figures"], base["gates"]["figures"])),
+        no_figures=no_figures,
+        times=() if no_times else tuple(_time(name, known[name], new[name]) for name in known if name in new),
+        missing=() if no_times else tuple(name for name in known if name not in new),
+        no_times=no_times,
+        doubt="; ".join(filter(None, (_doubt(base), _doubt(head)))),
+    )
+
+
+def markdown(compared: Comparison, base: str, head: str) -> str:
+    """What is wrong first, what did not change last."""
+    lines = [f"# {_headline(compared)}", "", f"{head} against {base}."]
+    lines += [f"- INVALID: {one}" for one in compared.wrong]
+    if compared.changes:
+        lines += ["", "| figure | base | head | |", "| --- | ---: | ---: | --- |"]
+        lines += [
+            f"| {one.name} | {_number(one.base)} | {_number(one.head)} | {one.verdict} |" for one in compared.changes
+        ]
+    same = f"{len(compared.changes)} changed" if compared.changes else "all the same"
+    lines += ["", f"Exact figures: {f'incomparable, {compared.no_figures}' if compared.no_figures else same}."]
+    apart = [time for time in compared.times if time.hint != "cannot tell"]
+    if apart:
+        lines += ["", "| time | base | head | change | |", "| --- | ---: | ---: | ---: | --- |"]
+        lines += [
+            f"| {one.name} | {one.base_s * 1e3:.4g} ms | {one.head_s * 1e3:.4g} ms | {one.change:+.1%} | {one.hint} |"
+            for one in sorted(apart, key=lambda time: -time.change)
+        ]
+    lines += [f"- no longer timed: {name}" for name in compared.missing]
+    if compared.no_times:
+        lines += ["", f"Times: incomparable, {compared.no_times}."]
+    else:
+        lines += [
+            "",
+            f"Times: {len(apart)} of {len(compared.times)} are apart: from one quartile to the other by more than "
+            f"{DELTA:.0%}, {LEAST_ROUNDS} rounds or more on each side. They were not taken in pairs, so this is a hint "
+            "and no verdict; `ab` gives one.",
+        ]
+    if compared.doubt:
+        lines += ["", f"No time is to be believed: {compared.doubt}."]
+    return "\n".join(lines) + "\n"
+
+
+def _number(figure: int | None) -> str:
+    return "" if figure is None else f"{figure:,}"
+
+
+def _headline(compared: Comparison) -> str:
+    verdicts = [change.verdict for change in compared.changes]
+    counted = [(len(compared.wrong), "INVALID")]
+    counted += [(verdicts.count(verdict), verdict) for verdict in ("REGRESSION", "IMPROVEMENT", "new")]
+    hints = [time.hint for time in compared.times]
+    counted += [(hints.count(hint), f"{hint} (unpaired)") for hint in ("slower", "faster")]
+    if compared.no_figures and compared.no_times:
+        return "Incomparable"
+    return ", ".join(f"{count} {what}" for count, what in counted if count) or "No change"
+
+
+def _no_figures(base: Report, head: Report) -> str:
+    """Why exact figures cannot be compared; empty if they can."""
+    keys = [(report.get("gates") or {}).get("key") for report in (base, head)]
+    if None in keys:
+        return f"{'base' if keys[0] is None else 'head'} has none"
+    models = [report["model"]["name"] for report in (base, head)]
+    if models[0] != models[1]:
+        return f"they are of {models[0]} and {models[1]}"
+    return "" if keys[0] == keys[1] else f"they are of {keys[0]} and {keys[1]}"
+
+
+def _no_times(base: Report, head: Report) -> str:
+    """Why times cannot be compared, what differs between the machines; empty if they can."""
+    places = [_place(base), _place(head)]
+    differing = [name for name in {**places[0], **places[1]} if places[0].get(name) != places[1].get(name)]
+    return f"they are of different places: {', '.join(differing)}" if differing else ""
+
+
+def _place(report: Report) -> dict[str, Any]:
+    """What times depend on, by name. A clock rate is not in it: it is another at each look."""
+    if report["schema"] == PYTEST_BENCHMARK:
+        info = report["machine_info"]
+        known = {name: info.get(name) for name in ("node", "machine", "system", "python_version")}
+        return {**known, "cpu": (info.get("cpu") or {}).get("brand_raw")}
+    machine = {
+        name: value for name, value in report["machine"].items() if name not in ("id", "load_average", "packages")
+    }
+    packages = {name: one for name, one in report["machine"]["packages"].items() if name != "fastdiff-runtime"}
+    return {**packages, **machine, "device": report["settings"]["device"], "model": report["model"]["name"]}
+
+
+def _benchmarks(report: Report) -> dict[str, Mapping[str, Any]]:
+    found = report["benchmarks"] if report["schema"] == PYTEST_BENCHMARK else schema.benchmarks(report)
+    return {one["fullname"]: one for one in found}
+
+
+def _time(name: str, base: Mapping[str, Any], head: Mapping[str, Any]) -> Time:
+    before, after = base["stats"], head["stats"]
+    hint: Hint = "cannot tell"
+    if min(before["rounds"], after["rounds"]) >= LEAST_ROUNDS and base.get("params") == head.get("params"):
+        if after["q1"] > before["q3"] * (1 + DELTA):
+            hint = "slower"
+        elif before["q1"] > after["q3"] * (1 + DELTA):
+            hint = "faster"
+    return Time(name, before["median"], after["median"], hint)
+
+
+def _wrong(report: Report) -> Iterator[str]:
+    for case in (*report.get("images", ()), *report.get("rows", ())):
+        for arm, measured in case["arms"].items():
+            if measured["status"] != "ok":
+                yield f"{case['name']}, {arm}: {measured['reason']}"
+
+
+def _doubt(report: Report) -> str:
+    return str((report.get("canaries") or {}).get("doubt", ""))

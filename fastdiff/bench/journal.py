@@ -1,0 +1,101 @@
+"""journal.jsonl: a line per finished piece, on the disk before the next one starts, for a killed run to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fastdiff
+
+RUNS = Path("reports", "runs")
+NAME = "journal.jsonl"
+SAME = ("suite", "only", "seed", "model", "machine", "commit")
+"""What a run and its continuation have in common, besides which the first line holds when and how the run started."""
+
+
+class CannotResume(ValueError):
+    """A journal that is not this run's; one line says why."""
+
+
+class Journal:
+    """The pieces that a run has finished, in memory and on the disk, where the first line says what the run is."""
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], finished: Sequence[dict[str, Any]]) -> None:
+        self.folder, self.header, self.finished = folder, header, list(finished)
+
+    @classmethod
+    def start(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
+        """A new one; FileExistsError where the folder has one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NAME).touch(exist_ok=False)
+        journal = cls(folder, header, [])
+        journal._write(header)
+        return journal
+
+    @classmethod
+    def resume(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
+        """The one in `folder`, cut to its whole lines. CannotResume if it is of another run than `header` describes."""
+        path = folder / NAME
+        if not path.is_file():
+            raise CannotResume(f"{folder}: expected a run's folder with a {NAME}")
+        try:
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+            known, *finished = map(json.loads, whole.splitlines())
+            differing = [name for name in SAME if known[name] != header[name]]
+        except (ValueError, KeyError, TypeError):
+            raise CannotResume(f"{path}: expected a run's journal, got something else; start a new run") from None
+        for name in differing:
+            raise CannotResume(
+                f"{folder}: its {name} is {known[name]!r}, this run's is {header[name]!r}; start a new run"
+            )
+        if whole != text:
+            os.truncate(path, len(whole.encode()))
+        return cls(folder, known, finished)
+
+    def add(self, piece: dict[str, Any]) -> None:
+        """Append a finished piece, and wait until the disk has it."""
+        self._write(piece)
+        self.finished.append(piece)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with (self.folder / NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def unfinished() -> Path:
+    """The folder of the newest run that was started here. CannotResume where there is none."""
+    folders = sorted(path.parent for path in RUNS.glob(f"*/{NAME}"))
+    if not folders:
+        raise CannotResume(f"{RUNS}: no run has been started here")
+    return folders[-1]
+
+
+def commit() -> dict[str, Any]:
+    """The commit that fastdiff runs from, as pytest-benchmark describes one; an installed wheel has none."""
+    root = Path(fastdiff.__file__).parents[1]
+    unversioned = {"id": "unversioned", "time": None, "author_time": None, "dirty": False, "project": "fastdiff"}
+    if not (root / ".git").exists():
+        return {**unversioned, "branch": None}
+    try:
+        described = _git(root, "show", "-s", "--format=%H %cI %aI", "HEAD").split()
+        return {
+            "id": described[0],
+            "time": described[1],
+            "author_time": described[2],
+            "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+            "project": "fastdiff",
+            "branch": _git(root, "rev-parse", "--abbrev-ref", "HEAD"),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {**unversioned, "branch": None}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()

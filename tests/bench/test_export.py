@@ -1,0 +1,277 @@
+"""Markdown that fits, JUnit and CSV that others' readers take, the index of committed reports, and the command."""
+
+from __future__ import annotations
+
+import csv as csv_module
+import io
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas
+import pytest
+
+from fastdiff.bench.__main__ import main
+from fastdiff.bench.export import csv, index, junit
+from fastdiff.bench.outcome import comparisons, headline, outcome, tally
+from fastdiff.bench.report import STEP_SUMMARY_BYTES, break_even_table, escape, facts, markdown, print_tables, tables
+from tests.bench.reports import (
+    COMMITTED,
+    HOSTILE,
+    REPORTS,
+    bare,
+    baseline_moved,
+    committed,
+    doubtful,
+    hostile,
+    judgement,
+    wrong,
+)
+
+EVERY = {
+    "committed": committed, "hostile": hostile, "moved": baseline_moved, "doubtful": doubtful, "wrong": wrong,
+    "bare": bare,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_form_of_every_report(name: str) -> None:
+    report = EVERY[name]()
+    before = json.dumps(report)
+    assert markdown(report) == markdown(report)
+    suite = ElementTree.fromstring(junit(report))
+    assert int(suite.attrib["tests"]) == len(suite.findall("testcase"))
+    rows = pandas.read_csv(io.StringIO(csv(report)))
+    assert len(rows) == sum(len(case["arms"]) for case in (*report["images"], *report["rows"]))
+    assert json.dumps(report) == before  # pure
+
+
+# What it amounts to
+
+
+def test_the_outcome_is_the_worst_thing_that_happened() -> None:
+    words = {name: outcome(make()).word for name, make in EVERY.items()}
+    assert words == {
+        "committed": outcome(committed()).word, "hostile": "INVALID", "moved": "REGRESSION", "doubtful": "INVALID",
+        "wrong": "INVALID", "bare": "INCOMPLETE",
+    }  # fmt: skip
+    report = committed()
+    report["gates"] = {"key": "k", "figures": {"ops": 21}, "changes": []}
+    assert outcome(report).word == "NO-CHANGE"
+    report["gates"]["changes"] = [{"name": "ops", "base": 22, "head": 21, "verdict": "IMPROVEMENT"}]
+    assert outcome(report).word == "IMPROVEMENT"
+    report["gates"]["changes"] = None
+    assert outcome(report).word == "MEASURED"
+    report["unsupported"] = [{"what": "rows: x", "reason": "NotLinear"}]
+    assert outcome(report).word == "INCOMPLETE"
+
+
+def test_a_comparisons_word_is_its_whole_intervals() -> None:
+    report = committed()
+    delta = 1.02
+    for one in comparisons(report):
+        assert one.ratio is not None
+        if one.word == "faster":
+            assert one.ratio["low"] > delta
+        elif one.word == "slower":
+            assert one.ratio["high"] < 1 / delta
+        else:
+            assert one.ratio["low"] <= delta
+            assert one.ratio["high"] >= 1 / delta
+    assert sum(tally(report).values()) == sum(len(case["comparisons"]) for case in (*report["images"], *report["rows"]))
+
+
+def test_the_headline_is_the_last_step_from_the_baseline() -> None:
+    report = committed()
+    step = headline(report)
+    assert step is not None
+    assert (step["base"], step["arm"]) == ("pipeline/eager", "tensorized/compiled")
+    assert headline(bare()) is None
+
+
+def test_canaries_and_gates_are_told_in_words() -> None:
+    report = committed()
+    report["canaries"] = {
+        "a_a": judgement("NO-CHANGE", 0.001), "slower_10_percent": judgement("INVALID", None), "doubt": "",
+        "total_s": {},
+    }  # fmt: skip
+    report["gates"] = {"key": "torch-2-cpu", "figures": {"ops": 21}, "changes": None}
+    told = dict(facts(report))
+    assert told["Canaries"] == (
+        "the same work twice: no change, +0.1% [-0.9%, +1.1%] in time; a tenth more work: INVALID, why"
+    )
+    assert told["Deterministic figures"] == "1 counted; no baseline for torch-2-cpu"
+
+
+# Markdown
+
+
+def test_markdown_fits_a_step_summary_and_says_what_it_leaves_out() -> None:
+    report = committed()
+    whole = markdown(report)
+    assert len(whole.encode()) < STEP_SUMMARY_BYTES
+    short = markdown(report, 5000)
+    assert len(short.encode()) <= 5000
+    kept, note = short.rstrip().rsplit("\n\n", 1)
+    assert whole.startswith(kept + "\n")
+    assert note.startswith(f"Cut here: the whole page has {len(whole.encode()):,} bytes, 5,000 are allowed.")
+    report["unsupported"] = [{"what": f"piece {number}", "reason": "é" * 1000} for number in range(2000)]
+    assert len(markdown(report).encode()) <= STEP_SUMMARY_BYTES
+
+
+def test_markdown_opens_with_the_verdict_and_keeps_every_table_whole() -> None:
+    report = hostile()
+    page = markdown(report)
+    assert page.split("\n\n")[1].startswith("**INVALID**: 1 arm answered wrongly")
+    assert "<" not in page.replace("<br>", "")
+    for table in tables(report):
+        start = page.index(f"## {escape(table.title)}")
+        lines = [line for line in page[start:].split("\n## ")[0].splitlines() if line.startswith("|")]
+        assert len(lines) == len(table.rows) + 2
+        assert {line.replace("\\|", "").count("|") for line in lines} == {len(table.header) + 1}
+
+
+def test_the_tables_order_is_the_pages() -> None:
+    titles = [table.title for table in tables(baseline_moved())]
+    assert titles[0].startswith("What each step is worth")
+    assert titles[1:3] == ["What changed", "Targets"]
+    order = ["Images", "Operations", "Memory", "Set-up", "Compilation", "Break-even", "Fate", "Error"]
+    places = [next(place for place, title in enumerate(titles) if title.startswith(name)) for name in order]
+    assert places == sorted(places)
+
+
+def test_compilation_pays_off_after_its_time_over_what_it_saves() -> None:
+    report = bare()
+    arms = {
+        f"tensorized/{mode}": {"status": "ok", "reason": None, "error": 0.0, "total_s": [time_s] * 3, "loop_s": []}
+        for mode, time_s in (("eager", 0.8), ("compiled", 0.4))
+    }
+    case = {**committed()["images"][2], "name": "x", "batch": 4, "arms": arms, "compare": [], "comparisons": []}
+    report.update(images=[case], compile_s={"denoiser and step, batch 4": 2.05})
+    assert break_even_table(report).rows == (("x: tensorized, batch 4", "2.0 s", "100 ms", "21 images"),)
+    arms["tensorized/compiled"]["total_s"] = [0.9] * 3
+    assert break_even_table(report).rows[0][3] == "never: no faster than eager"
+
+
+def test_what_a_gpu_did_between_blocks_is_shown() -> None:
+    report = committed()
+    state = {"sm_mhz": 1980, "temperature_c": 55, "throttles": ["power cap"], "foreign_processes": 0}
+    other = {**state, "sm_mhz": 1755, "throttles": None, "temperature_c": None, "foreign_processes": 1}
+    report["rows"][0]["arms"]["diffusers"]["gpu"] = [state, other, None]
+    (table,) = [table for table in tables(report) if table.title == "The GPU between blocks"]
+    name = f"{report['rows'][0]['name']}: diffusers step()"
+    assert table.rows == ((name, "1755 to 1980 MHz", "55 C", "power cap in 1 of 2", "**in 1 of 2**"),)
+
+
+def test_a_terminal_is_told_names_and_no_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    print_tables(hostile())
+    printed = capsys.readouterr().out
+    assert "<script>" in printed
+    assert "\x1b" not in printed
+    assert "\x00" not in printed
+
+
+# JUnit and CSV
+
+
+def outcomes(report: dict[str, Any]) -> dict[str, list[str]]:
+    """The messages of failures and skips, by the kind of testcase."""
+    found: dict[str, list[str]] = {}
+    for case in ElementTree.fromstring(junit(report)).findall("testcase"):
+        for child in case:
+            if child.tag != "system-out":
+                found.setdefault(f"{case.attrib['classname']}: {child.tag}", []).append(child.attrib["message"])
+    return found
+
+
+def test_junit_fails_what_is_wrong_and_skips_what_nobody_knows() -> None:
+    report = hostile()
+    found = outcomes(report)
+    assert len(found["images: failure"]) == 1
+    assert found["images: failure"][0].startswith("INVALID: tensorized/eager: <script>alert(1)</script>")
+    assert found["pieces: skipped"][0].startswith("unsupported: </table>")
+    assert outcomes(baseline_moved())["figures: failure"] == ["REGRESSION: 412 -> 438"]
+    assert outcomes(doubtful())["instrument: failure"] == ["INVALID: a tenth more work was judged NO-CHANGE"]
+    assert not any("failure" in kind for kind in outcomes(committed()))
+    assert len(outcomes(wrong())["rows: failure"]) == len(committed()["rows"])
+
+
+def test_junit_skips_a_case_only_if_no_comparison_came_to_a_conclusion() -> None:
+    report = committed()
+    skipped = len(outcomes(report).get("images: skipped", ()))
+    for case in report["images"]:
+        for measured in case["arms"].values():
+            measured["total_s"] = [1.0, 2.0] * 10  # in step: no change
+    assert "images: skipped" not in outcomes(report)
+    for case in report["images"]:
+        for number, measured in enumerate(case["arms"].values()):
+            measured["total_s"] = [1.0 + (index + number) % 2 for index in range(20)]
+    assert len(outcomes(report)["images: skipped"]) >= max(1, skipped)
+
+
+def test_csv_has_the_figures_of_the_report() -> None:
+    report = committed()
+    rows = pandas.read_csv(io.StringIO(csv(report)))
+    one = rows[(rows["case"] == "mixed") & (rows["ownership"] == "tensorized") & (rows["mode"] == "compiled")].iloc[0]
+    (case,) = [case for case in report["images"] if case["name"] == "mixed"]
+    (ratio,) = [
+        known["ratio"]
+        for known in case["comparisons"]
+        if (known["base"], known["arm"]) == ("cloned-deepcopy/compiled", "tensorized/compiled")
+    ]
+    assert (one["base"], one["ratio"], one["low"]) == ("cloned-deepcopy/compiled", ratio["value"], ratio["low"])
+    assert one["samples"] == len(case["arms"]["tensorized/compiled"]["total_s"])
+    (first, *_) = list(csv_module.DictReader(io.StringIO(csv(hostile()))))
+    assert first["model"] == first["case"] == HOSTILE
+
+
+# The index and the command
+
+
+def test_the_index_is_that_of_the_committed_reports() -> None:
+    fresh = index(REPORTS)
+    for folder in COMMITTED:
+        assert f"[{folder.name}]({folder.name}/report.md)" in fresh
+    assert (REPORTS / "README.md").read_text(encoding="utf-8") == fresh, fresh.splitlines()[2]
+
+
+def test_the_command_writes_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"html": "<!doctype html>", "markdown": "# fastdiff", "junit": "<?xml", "csv": "created,"}
+    options = [text for name in names for text in (f"--{name}", str(tmp_path / "deep" / name))]
+    assert main(["report", str(COMMITTED[0]), *options]) == 0
+    for name, opening in names.items():
+        assert (tmp_path / "deep" / name).read_text(encoding="utf-8").lstrip().startswith(opening)
+    assert capsys.readouterr().out == ""
+    assert main(["report", str(COMMITTED[0] / "report.json")]) == 0
+    assert "What each step is worth" in capsys.readouterr().out
+    assert main(["report", str(REPORTS), "--markdown", str(tmp_path / "index.md")]) == 0
+    assert (tmp_path / "index.md").read_text(encoding="utf-8") == index(REPORTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "No such file"),
+        ("{", "cut off, or no JSON"),
+        ('{"benchmarks": [], "machine_info": {}}', "expected a report of fastdiff.bench, got one of pytest-benchmark"),
+    ],
+)
+def test_what_is_no_report_is_refused_in_one_line(
+    text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(file)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_a_folder_of_reports_has_an_index_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(REPORTS), "--html", "x.html"])
+    assert stopped.value.code == 2
+    assert "expected --markdown, for its index, and nothing else" in capsys.readouterr().err
