@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastdiff.bench import profile
+from fastdiff.bench import doctor, profile
 from fastdiff.bench.arguments import Parser, device, folder, pipeline, plain_name, positive, refuse, scheduler
 
 SCHEMA = "fastdiff.bench/1"
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, add, call, text in (
         ("run", _add_arguments, _run, "the whole suite, or --quick"),
+        ("doctor", doctor.add_arguments, doctor.main, "what keeps a pipeline's step from being captured"),
         ("profile", profile.add_arguments, profile.main, "what a row costs and whether graphs pay"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
