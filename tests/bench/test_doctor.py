@@ -171,7 +171,8 @@ def test_digits_can_be_captured_as_it_is(capsys: pytest.CaptureFixture[str]) -> 
     code, printed = run(capsys, None, as_json=False)
     assert code == 0
     assert printed.splitlines() == [
-        "Nothing found against capturing: the step of UNet2DConditionModel at any batch size, with the rows of DDIMScheduler."
+        "Nothing found against capturing: the step of UNet2DConditionModel at any batch size, "
+        "with the rows of DDIMScheduler."
     ]
 
 
