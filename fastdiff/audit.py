@@ -6,6 +6,7 @@ host, a number of Python's that changes, a tensor that is made anew) is wrong in
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -83,7 +84,7 @@ def audit(denoiser: Denoiser, batch: Batch, model: nn.Module | None = None) -> l
     with auditor.holding(model):
         static = auditor.batch(copy)
         for run in range(3):  # the first fills the caches that a warm-up fills before capture
-            _randomize(copy, run)
+            randomize(copy, run)
             auditor.start(run)
             with auditor:
                 denoise_step(denoiser, static)
@@ -161,10 +162,19 @@ class DeviceTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func}: expected its EmulatedDevice to be entered, got a tensor of one outside of it")
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.worlds = value.worlds if isinstance(value, DeviceTensor) else (value,) * len(self.worlds)
+        self.home.rebound("Tensor.data", value)
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
+    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:  # type: ignore[override]
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device, **options)
 
 
@@ -194,6 +204,8 @@ class Operation(NamedTuple):
             yield "host read"
         elif _has_dynamic_shape(self):
             yield "data-dependent shape"
+        elif op is aten.set_:
+            yield "rebound tensor"
         elif hosts:
             yield "host operand"
 
@@ -238,15 +250,18 @@ class EmulatedDevice(TorchDispatchMode):
     def issued(self, operation: Operation) -> None:
         """Called after each operation."""
 
+    def rebound(self, name: str, value: Any) -> None:
+        """Called when a static tensor is replaced by `value`, which no operation does."""
+
     def __enter__(self) -> Self:
-        self._without_cuda.__enter__()  # type: ignore[no-untyped-call]
-        super().__enter__()
+        self._without_cuda.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._without_cuda.__exit__(kind, error, trace)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -344,12 +359,9 @@ class _StepDevice(EmulatedDevice):
         static: Batch = self.put(*worlds)
         return static._replace(conditioning=_Watched(self, "conditioning", static.conditioning))
 
-    def rebound(self, name: str, value: Any) -> None:
-        """Called when a step replaces a static tensor by `value`."""
-
     @contextmanager
     def holding(self, model: nn.Module | None) -> Iterator[None]:
-        """Parameters and buffers are device tensors within; buffers are copies. What a step kept is freed after."""
+        """Parameters and buffers are device tensors within, buffers copies; what a step kept is plain again after."""
         modules = [(module, module._parameters, module._buffers) for module in model.modules()] if model else []
         moved: dict[int, DeviceTensor] = {}  # by id: tied weights stay one
 
@@ -366,7 +378,9 @@ class _StepDevice(EmulatedDevice):
                 for tree, tensors, copies in (("_parameters", parameters, False), ("_buffers", buffers, True)):
                     ours = {name: move(tensor, copies) for name, tensor in tensors.items()}
                     vars(module)[tree] = _Watched(self, type(module).__name__, ours)
-            with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):  # a view keeps no hold on its base
+            # A view must keep no hold on its base, or what a step kept could not be freed of its device.
+            untracked = torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING)
+            with torch.no_grad(), untracked, torch.random.fork_rng(devices=[]):
                 yield
         finally:
             for module, parameters, buffers in modules:
@@ -377,13 +391,24 @@ class _StepDevice(EmulatedDevice):
                 torch.utils.swap_tensors(tensor, tensor.worlds[0].detach())
 
 
-class _Issued(NamedTuple):
-    """What of an operation a graph would freeze."""
+class _Fault(NamedTuple):
+    """What is counted."""
 
+    kind: Kind
     operation: str
     file: str
     line: int
-    scalars: tuple[Any, ...]
+
+    def finding(self, count: int = 1) -> Finding:
+        return Finding(self.kind, self.operation, _ADVICE[self.kind], self.file, self.line, count)
+
+
+class _Issued(NamedTuple):
+    """What of an operation a graph would freeze."""
+
+    where: tuple[str, str, int]  # operation, file, line
+    shapes: list[torch.Size]
+    scalars: list[Any]
 
 
 class _Auditor(_StepDevice):
@@ -392,7 +417,7 @@ class _Auditor(_StepDevice):
     def __init__(self, elements: torch.device) -> None:
         super().__init__(elements)
         self._traces: list[list[_Issued]] = []
-        self._counts: list[Counter[tuple[Kind, str, str, int]]] = []
+        self._counts: list[Counter[_Fault]] = []
 
     def start(self, run: int) -> None:
         """From here on this is step number `run`, of which 0 is warm-up."""
@@ -401,40 +426,38 @@ class _Auditor(_StepDevice):
         self._counts.append(Counter())
 
     def issued(self, operation: Operation) -> None:
-        name, place = str(operation.func), _place()
-        scalars = tuple(
-            value for value in tree_iter((operation.args, operation.kwargs)) if not isinstance(value, Tensor)
-        )
-        self._traces[-1].append(_Issued(name, *place, scalars))
-        for kind in operation.faults():
-            self._counts[-1][kind, name, *place] += 1
+        where = (str(operation.func), *_place())
+        shapes = [tensor.shape for tensor in operation.inputs]
+        scalars = [value for value in tree_iter((operation.args, operation.kwargs)) if not isinstance(value, Tensor)]
+        self._traces[-1].append(_Issued(where, shapes, scalars))
+        self._counts[-1].update(_Fault(kind, *where) for kind in operation.faults())
         if any(0 < self.born(tensor) < self.run for tensor in operation.inputs):
-            self._counts[-1]["carried tensor", name, *place] += 1
+            self._counts[-1][_Fault("carried tensor", *where)] += 1
 
     def rebound(self, name: str, value: Any) -> None:
-        self._counts[-1]["rebound tensor", name, *_place()] += 1
+        self._counts[-1][_Fault("rebound tensor", name, *_place())] += 1
         if isinstance(value, DeviceTensor):
             self._live[value] = 0  # said once: that the next step uses it is the same fault
 
     def findings(self) -> list[Finding]:
         """Of all steps but the first, in the order in which they were met."""
-        counts = self._counts[1]
-        for later in (*self._counts[2:], *self._frozen()):
-            counts |= later  # the most of any step
-        return [_finding(kind, *where, count=count) for (kind, *where), count in counts.items()]
+        _, counts, *others = self._counts
+        for other in (*others, Counter(self._frozen())):
+            counts |= other  # the most of any step
+        return [fault.finding(count) for fault, count in counts.items()]
 
-    def _frozen(self) -> Iterator[Counter[tuple[Kind, str, str, int]]]:
-        scalars: Counter[tuple[Kind, str, str, int]] = Counter()
+    def _frozen(self) -> Iterator[_Fault]:
+        """What Python decided otherwise in the last step than in the one before it."""
         for one, other in zip_longest(*self._traces[-2:]):
-            if one is None or other is None or one[:3] != other[:3]:
-                yield Counter([("frozen branch", *(other or one)[:3])])  # from here on the traces do not match
-                break
-            if repr(one.scalars) != repr(other.scalars):  # by their text: nan is not equal to itself
-                scalars["frozen scalar", *one[:3]] += 1
-        yield scalars
+            if one is None or other is None or one.where != other.where:
+                yield _Fault("frozen branch", *(other or one).where)  # from here on the traces do not match
+                return
+            # Where shapes differ, so do the numbers that follow from them. By their text: nan is not equal to itself.
+            if one.shapes == other.shapes and repr(one.scalars) != repr(other.scalars):
+                yield _Fault("frozen scalar", *one.where)
 
 
-_WORLDS = 5  # as they are; with others' contents, then with NaN, in slot 0; the same in all slots but slot 0
+_WORLDS = 5  # as many as _coupling_worlds gives
 
 
 class _Couplings(_StepDevice):
@@ -452,7 +475,7 @@ class _Couplings(_StepDevice):
                 own, *others = tensor.worlds
                 by_first_1, by_first_2, by_rest_1, by_rest_2 = (_changed(own, other) for other in others)
                 if ((by_first_1 | by_first_2) & (by_rest_1 | by_rest_2)).any():
-                    self._first = [_finding("row coupling", str(operation.func), *_place(), count=1)]
+                    self._first = [_Fault("row coupling", str(operation.func), *_place()).finding()]
                     return
 
     def findings(self) -> list[Finding]:
@@ -461,22 +484,22 @@ class _Couplings(_StepDevice):
 
 
 def _coupling_worlds(batch: Batch) -> list[Batch]:
+    """Batches that differ from the first in slot 0 alone, by value and by NaN, and in all slots but that one."""
     own, foreign = _copied(batch), _copied(batch)
-    _randomize(own, seed=1)
-    _randomize(foreign, seed=2)
+    randomize(own, seed=1)
+    randomize(foreign, seed=2)
     for name, tensor in own.conditioning.items():
         if not tensor.is_floating_point():
             foreign.conditioning[name].copy_(tensor == 0)  # of two valid values, the other one
     nan = tree_map_only(Tensor, lambda tensor: tensor * torch.nan if tensor.is_floating_point() else tensor, own)
     nan = nan._replace(table=own.table)
 
-    def mixed(other: Batch, first: bool) -> Batch:
-        """Slot 0 from `other` and the rest from `own`, or the other way round."""
-        parts = (other, own) if first else (own, other)
-        made: Batch = tree_map(lambda *one: torch.cat([one[0][:1], one[1][1:]]) if isinstance(one[0], Tensor) else one[0], *parts)
-        return made
+    def joined(first: Any, rest: Any) -> Any:
+        """Slot 0 of the one, the other slots of the other."""
+        return torch.cat([first[:1], rest[1:]]) if isinstance(first, Tensor) else first
 
-    return [own, *(mixed(other, first) for first in (True, False) for other in (foreign, nan))]
+    pairs = ((foreign, own), (nan, own), (own, foreign), (own, nan))
+    return [own, *(tree_map(joined, first, rest) for first, rest in pairs)]
 
 
 def _copied(batch: Batch) -> Batch:
@@ -484,9 +507,7 @@ def _copied(batch: Batch) -> Batch:
     return copied
 
 
-
-
-def _randomize(batch: Batch, seed: int) -> None:
+def randomize(batch: Batch, seed: int) -> None:
     """Fill the slots with requests that could be: each at a row of its own, of a table of its own."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -513,10 +534,6 @@ def _randomize(batch: Batch, seed: int) -> None:
 
 def _changed(before: Tensor, after: Tensor) -> Tensor:
     return (before != after) & ~((before != before) & (after != after))
-
-
-def _finding(kind: Kind, operation: str, file: str, line: int, count: int) -> Finding:
-    return Finding(kind, operation, _ADVICE[kind], file, line, count)
 
 
 def _argument(operation: Operation, name: str) -> Any:
@@ -546,7 +563,7 @@ def _has_dynamic_shape(operation: Operation) -> bool:
     return torch.Tag.dynamic_output_shape in operation.func.tags
 
 
-_NOT_OURS = (str(Path(torch.__file__).parent), __file__)
+_NOT_OURS = (f"{Path(torch.__file__).parent}{os.sep}", __file__)
 
 
 def _place() -> tuple[str, int]:

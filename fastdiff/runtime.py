@@ -49,7 +49,7 @@ class Runtime:
 
     The capacities come from `plan`, or from the pipeline and `max_batch`; `capacities` are fields of `CapturePlan` that
     replace the plan's. Unless `certify` is False the model is asked here whether it treats the requests of a batch
-    apart, bit by bit; one that does not raises RowsCoupled.
+    apart, bit by bit; one that does not raises RowsCoupled. `progress` shows a bar while graphs are captured.
 
     Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to one thread.
     Streams: all device work is enqueued on the caller's current stream, and nothing waits for it but the copy of
@@ -66,7 +66,7 @@ class Runtime:
         height: int | None = None,
         width: int | None = None,
         certify: bool = True,
-        progress: bool = False,
+        progress: bool = True,
         **capacities: Any,
     ) -> None:
         self.family: Family = family_of(pipe, height, width)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from fastdiff.bench import ab, compare, export, memory, profile, run, selftest
+from fastdiff.bench import ab, compare, doctor, export, memory, profile, run, selftest
 from fastdiff.bench.arguments import Parser, refuse
 
 
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         ("compare", compare.add_arguments, compare.main, "two reports, unpaired: evidence on time, a gate on counts"),
         ("ab", ab.add_arguments, ab.main, "is one commit slower than another: the gate of a pull request"),
         ("selftest", selftest.add_arguments, selftest.main, "whether times mean anything on this machine"),
+        ("doctor", doctor.add_arguments, doctor.main, "what keeps a pipeline's step from being captured"),
         ("memory", memory.add_arguments, memory.main, "what a runtime takes, phase by phase"),
         ("report", export.add_arguments, export.main, "a report as a page, Markdown, JUnit or CSV; a folder's index"),
         ("profile", profile.add_arguments, profile.main, "what a row costs and whether graphs pay"),

@@ -14,7 +14,7 @@ from fastdiff.audit import EmulatedDevice, Operation, elements
 
 aten = torch.ops.aten
 
-# No kernel runs for these: views, bookkeeping, and copies between host and device.
+# No kernel runs for these: views and bookkeeping. Nor for copies to the device.
 _FREE = {
     aten.view,
     aten._unsafe_view,
