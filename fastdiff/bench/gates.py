@@ -14,7 +14,6 @@ from types import FunctionType
 from typing import Literal
 
 import torch
-from torch._dynamo.utils import counters
 
 import fastdiff
 from fastdiff.bench import suite
@@ -155,6 +154,8 @@ def _count_row(denoiser: Denoiser, slots: Slots, n: int) -> tuple[int, int, int]
 
 def _compilation(bench: Workbench) -> Iterator[Figure]:
     """What Dynamo makes of the step, with a backend that compiles nothing, and whether other requests need another."""
+    from torch._dynamo.utils import counters  # a second's import, for the commands that count
+
     runtime, n = bench.runtime("eager", BATCHES[-1]), BATCHES[-1]
     slots = Slots(runtime.plan, bench.device, planar=True)
     step = step_function(bench.family.denoiser, slots.batch(n))
@@ -177,6 +178,8 @@ def _compilation(bench: Workbench) -> Iterator[Figure]:
 
 
 def _graph_breaks() -> int:
+    from torch._dynamo.utils import counters  # a second's import, for the commands that count
+
     return sum(counters["graph_break"].values())
 
 
