@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fastdiff.request import Result as Result
     from fastdiff.runtime import Runtime as Runtime
     from fastdiff.runtime import Session as Session
+    from fastdiff.scheduler import table_scheduler as table_scheduler
+    from fastdiff.scheduler import table_scheduler_class as table_scheduler_class
     from fastdiff.state import RequestState as RequestState
     from fastdiff.table import StepTable as StepTable
     from fastdiff.table import prune as prune
@@ -39,7 +41,8 @@ _HOMES = {
     "errors", "NumericalError": "errors", "OutOfMemory": "errors", "PlanMismatch": "errors", "Request": "request",
     "RequestState": "state", "Result": "request", "RowsCoupled": "errors", "Runtime": "runtime", "Session":
     "runtime", "StaleGraph": "errors", "StepTable": "table", "acquire": "ownership", "models": "models", "prune":
-    "table", "table_cache": "probe", "tabulate": "probe",
+    "table", "table_cache": "probe", "table_scheduler": "scheduler",
+    "table_scheduler_class": "scheduler", "tabulate": "probe",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

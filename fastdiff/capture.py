@@ -229,7 +229,8 @@ class Regions:
 
 def _own_code(function: Callable[..., Any], name: str) -> FunctionType:
     assert isinstance(function, FunctionType)
-    code = function.__code__.replace(co_name=name)
+    # By its file dynamo knows torch's own functions, which it wraps into one code object for all.
+    code = function.__code__.replace(co_name=name, co_filename=__file__)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own

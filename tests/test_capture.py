@@ -127,6 +127,14 @@ def test_twenty_variants_compile_in_one_process(caplog: pytest.LogCaptureFixture
     assert not [record for record in caplog.records if "recompile" in record.getMessage()]
 
 
+def test_as_many_variants_of_a_models_blocks_compile_in_one_process() -> None:
+    sizes, model = tuple(range(1, 13)), Blocks()
+    slots = Slots(replace(PLAN, batch_sizes=sizes), "cpu", planar=True)
+    with torch.no_grad():
+        for n in sizes:
+            regional(model, slots.batch(n), model, "default", backend="eager")()
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

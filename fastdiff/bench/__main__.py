@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from fastdiff.bench import ab, compare, doctor, export, memory, profile, run, selftest
+from fastdiff.bench import ab, compare, doctor, export, gpu, memory, profile, run, selftest
 from fastdiff.bench.arguments import Parser, refuse
 
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", doctor.add_arguments, doctor.main, "what keeps a pipeline's step from being captured"),
         ("memory", memory.add_arguments, memory.main, "what a runtime takes, phase by phase"),
         ("report", export.add_arguments, export.main, "a report as a page, Markdown, JUnit or CSV; a folder's index"),
+        ("gpu", gpu.add_arguments, gpu.main, "everything that only a CUDA machine can tell, cell by cell"),
         ("profile", profile.add_arguments, profile.main, "what a row costs and whether graphs pay"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")

@@ -1,0 +1,228 @@
+"""`python -m fastdiff.bench gpu`: what only CUDA machines tell, cell by cell into a journal that survives a cut."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.bench import gpu_cells, machine
+from fastdiff.bench.arguments import device, refuse
+from fastdiff.bench.gpu_cells import Settings, Unsupported
+from fastdiff.bench.gpu_report import markdown, outcomes
+
+BUDGET_S = 480.0
+NULL_BATCHES = (1, 4, 8)
+MEASURED = ("ok", "unsupported")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of a run: what is measured together, and done or not done as a whole."""
+
+    tier: str
+    name: str
+    measure: Callable[[], Iterator[Mapping[str, Any]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--tier, --out, --budget-s, --tiny, --device, --list and --cell."""
+    parser.add_argument("--tier", type=_tiers, default="A", help="A, B, C or several of them, best first (default: A)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/runs/gpu"), metavar="DIR",
+        help="journal and report; what its journal has is not measured again (default: reports/runs/gpu)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget-s", type=_seconds, default=BUDGET_S, metavar="N",
+        help=f"seconds after which the run is cut and reported (default: {BUDGET_S:g})",
+    )  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="toy geometries, few samples: whether everything runs")
+    parser.add_argument("--device", type=device, default="cuda", help="cpu, cuda or cuda:N (default: cuda)")
+    parser.add_argument("--list", action="store_true", help="list the cells and what became of them, measure nothing")
+    parser.add_argument("--cell", metavar="NAME", help="measure this cell alone, in this process, and report nothing")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure what the journal lacks, write and print the report; 0, or 4 where a cell failed or was not reached."""
+    place = torch.device(options.device)
+    if place.type == "cuda":
+        place = torch.device("cuda", place.index or 0)
+    settings = Settings(place, options.tiny, options.out)
+    journal = Journal(options.out / "journal.jsonl")
+    if options.list:
+        ended = outcomes(journal.read())
+        for cell in cells_of(options.tier, settings):
+            sys.stdout.write(f"{cell.tier}  {ended.get(cell.name, 'not reached'):12}{cell.name}\n")
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.cell is not None:
+        cells = [cell for cell in cells_of("ABC", settings) if cell.name == options.cell]
+        if not cells:
+            refuse(f"--cell: expected a name that --list --tier ABC shows, got {options.cell!r}")
+        if settings.on_cuda:
+            torch.cuda.set_device(place)
+        return 0 if measure(cells[0], journal) in MEASURED else 4
+    kind = {"device": place.type, "tiny": options.tiny}
+    for record in journal.read():
+        if record["event"] == "run" and record["settings"] != kind:
+            refuse(f"--out: {options.out} has the journal of {record['settings']}, got {kind}; name another folder")
+    fingerprint = machine.fingerprint(place)
+    (options.out / "machine.json").write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+    cells = cells_of(options.tier, settings)
+    planned = [{"tier": cell.tier, "cell": cell.name} for cell in cells]
+    journal.append(event="run", settings=kind, machine=machine.describe(fingerprint), cells=planned)
+    apart = None
+    if settings.on_cuda:
+        apart = partial(measure_apart, options)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))  # a cut like any other: the cell is killed, all reported
+    try:
+        run(cells, journal, options.budget_s, apart)
+    finally:
+        report = markdown(journal.read())
+        (options.out / "report.md").write_text(report, encoding="utf-8")
+        sys.stdout.write(report)
+    ended = outcomes(journal.read())
+    return 0 if all(ended.get(cell.name) in MEASURED for cell in cells) else 4
+
+
+def cells_of(tiers: str, settings: Settings) -> list[Cell]:
+    """The cells of these tiers, in order of what they are worth; every geometry's cheapest batch first."""
+    geometries = ("sd15-512", "dit-xl-256")
+    rows, autotune = partial(gpu_cells.geometry_rows, settings), "max-autotune-no-cudagraphs"
+    every = [
+        Cell("A", "CUDA tests", partial(gpu_cells.cuda_tests, settings)),
+        Cell("A", "ceilings", partial(gpu_cells.ceilings, settings)),
+        *(Cell("A", f"null model x {n}", partial(gpu_cells.null_rows, settings, n)) for n in NULL_BATCHES),
+        *(Cell("A", f"{name} x {n}", partial(rows, name, n)) for n in (1, 8) for name in geometries),
+        *(Cell("B", f"graphs of {name}", partial(gpu_cells.graph_memory, settings, name)) for name in geometries),
+        Cell("B", "schedulers by ownership", partial(gpu_cells.ownership_memory, settings)),
+        *(Cell("B", f"{name} x 1", partial(rows, name, 1)) for name in ("sdxl-1024", "flux-dev-1024")),
+        *(Cell("C", f"{name} x 1, {autotune}", partial(rows, name, 1, autotune)) for name in geometries),
+        *(Cell("C", f"start of {name}", partial(gpu_cells.starts, settings, name)) for name in geometries),
+    ]
+    return [cell for cell in every if cell.tier in tiers]
+
+
+class Journal:
+    """Records as lines of JSON, each on the disk before the next thing is done. A line that a cut tore is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Record]:
+        """Every whole record, in order, whichever process wrote it."""
+        return [json.loads(line) for line in self._whole_lines().splitlines()]
+
+    def append(self, **record: Any) -> None:
+        """Write a record, with the time."""
+        record["at"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        whole = self._whole_lines()
+        with self.path.open("ab") as file:
+            file.truncate(len(whole))
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _whole_lines(self) -> bytes:
+        written = self.path.read_bytes() if self.path.exists() else b""
+        return written[: written.rfind(b"\n") + 1]
+
+
+def run(
+    cells: Sequence[Cell],
+    journal: Journal,
+    budget_s: float = BUDGET_S,
+    apart: Callable[[Cell, Journal, float], None] | None = None,
+) -> None:
+    """Measure every cell of which the journal has no good end, until the budget is spent; here, or `apart`."""
+    deadline = time.perf_counter() + budget_s
+    for cell in cells:
+        left_s = deadline - time.perf_counter()
+        if left_s <= 0:
+            return
+        if outcomes(journal.read()).get(cell.name) in MEASURED:
+            continue
+        started = time.perf_counter()
+        if apart is not None:
+            apart(cell, journal, left_s)
+        else:
+            measure(cell, journal)
+        ended = outcomes(journal.read())[cell.name]
+        sys.stderr.write(f"{cell.tier}  {cell.name}: {ended}, {time.perf_counter() - started:.0f} s\n")
+
+
+def measure(cell: Cell, journal: Journal) -> str:
+    """Journal a cell's entries as they come, and its end: ok, failed, unsupported, or cut by whatever ends the run."""
+    journal.append(event="start", cell=cell.name)
+    started, status, reason = time.perf_counter(), "cut", None
+    try:
+        with torch.no_grad():
+            for entry in cell.measure():
+                journal.append(event="entry", cell=cell.name, entry=entry)
+        status = "ok"
+    except Unsupported as error:
+        status, reason = "unsupported", str(error)
+    except Exception as error:  # the next cell may do better
+        status, reason = "failed", "".join(traceback.format_exception(error, limit=-3)).strip()
+    finally:
+        _end(journal, cell, status, reason, time.perf_counter() - started)
+    return status
+
+
+def measure_apart(options: argparse.Namespace, cell: Cell, journal: Journal, limit_s: float) -> None:
+    """Measure a cell in a process of its own, killed at its limit.
+
+    With it ends what would slow down or spoil the next cell: a profiler that was attached, compiled code, cached
+    memory, a CUDA error.
+    """
+    command = [sys.executable, "-m", "fastdiff.bench", "gpu", "--cell", cell.name, "--out", str(options.out)]
+    command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+    before, started, status, reason = len(journal.read()), time.perf_counter(), "cut", None
+    with subprocess.Popen(command, process_group=0) as process:
+        try:
+            code = process.wait(limit_s)
+            status, reason = "failed", f"its process ended with code {code}"
+        except BaseException as stopped:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started: tests, compiler workers
+            if not isinstance(stopped, subprocess.TimeoutExpired):
+                raise
+    if not any(record["event"] == "end" for record in journal.read()[before:]):
+        _end(journal, cell, status, reason, time.perf_counter() - started)
+
+
+def _end(journal: Journal, cell: Cell, status: str, reason: str | None, seconds: float) -> None:
+    journal.append(event="end", cell=cell.name, status=status, reason=reason, seconds=seconds)
+
+
+def _tiers(text: str) -> str:
+    if not re.fullmatch("[ABC]+", text):
+        raise argparse.ArgumentTypeError(f"expected A, B, C or several of them, got {text!r}")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds > 0, got {text!r}")
+    return seconds
