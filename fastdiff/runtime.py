@@ -172,8 +172,9 @@ class Runtime:
     ) -> Tensor:
         """Run whole schedules over latents [N, C, H, W] already scaled, as a host's own latents stage leaves them.
 
-        `conditioning`: [N, ...] by the plan's names; `table` and `guidance` for all or one each; `generators`, one
-        each, where a table draws noise: they are read and not moved on. Returns [N, C, H, W] in the plan's dtype.
+        `conditioning`: [N, ...] by the plan's names; `table` and `guidance` (1 is none) for all or one each;
+        `generators`, one each, where a table draws noise: they are read and not moved on. Returns [N, C, H, W] in the
+        plan's dtype.
         """
         count = len(latents)
         tables = [table] * count if isinstance(table, StepTable) else list(table)
@@ -184,7 +185,7 @@ class Runtime:
         states = [
             RequestState(
                 request=None,
-                guidance_scale=scales[i] if scales[i] > 1 else 1.0,
+                guidance_scale=scales[i],
                 conditioning={name: tensor[i] for name, tensor in conditioning.items()},
                 table=tables[i],
                 generator=generators[i] if generators else None,

@@ -142,7 +142,7 @@ class Run:
         set_timesteps(scheduler, request.steps or 50, family.device)
         self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
         self.conditioning = {name: tensor[None] for name, tensor in family.encode(request).items()}
-        self.guidance = torch.tensor([request.guidance_scale if request.guided else 1.0], device=family.device)
+        self.guidance = torch.tensor([family.guidance(request)], device=family.device)
         generator = seeded(request.seed)
         latents = normal(generator, family.latent_shape, family.dtype, family.device)[None]
         self.sample: Tensor = latents * init_noise_sigma(scheduler)  # [1, C, H, W]
