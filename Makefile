@@ -19,13 +19,12 @@ $(READY): pyproject.toml constraints.txt
 bench: $(READY)
 	$(BIN)/python -m fastdiff.bench
 
-<<<<<<< HEAD
 # Is this commit slower than BASE? What CI asks of a pull request: counts gate anywhere, times where the self-test passes.
 BASE ?= main
 regression: $(READY)
 	-$(BIN)/python -m fastdiff.bench selftest --quick
 	$(BIN)/python -m fastdiff.bench ab --base $(BASE)
-=======
+
 # On a CUDA machine, which may have no network: in that machine's own Python, which has torch. WHEELS is a folder of
 # wheels for what it lacks; OUT is where the journal and the report go, and is read by the next run. TIER is A, B or C.
 TIER ?= A
@@ -33,7 +32,6 @@ OUT ?= reports/runs/gpu
 gpu:
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .cache/wheels $(WHEELS)/*.whl)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/.cache/wheels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fastdiff.bench gpu --tier $(TIER) --out $(OUT)
->>>>>>> next
 
 lint: $(READY)
 	$(BIN)/ruff check .
