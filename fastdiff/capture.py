@@ -1,4 +1,4 @@
-"""Runs the step eagerly, compiled or as captured CUDA graphs. The only file that names torch.compile and CUDAGraph."""
+"""Runs the step eagerly, compiled or as captured CUDA graphs. The library's only file that names either."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType, MethodType, TracebackType
 from typing import Any, Literal, get_args
 
@@ -88,19 +89,29 @@ class Steps:
 
     def __call__(self, count: int) -> None:
         """Advance slots [0, count) by `rows_per_call` rows, at the smallest batch size that holds them."""
+        function = self._functions.get(count)
+        if function is None:
+            function = self._functions[count] = self._ready(count)
+        function()
+
+    def _ready(self, count: int) -> StepFunction:
+        """What advances `count` slots, looked up once: between model calls each further line of Python is cold."""
         if self._graphs is not None:
-            self._graphs.replay(count)
-            return
+            return partial(self._graphs.replay, count)
         if self.mode in GRAPH_MODES:
             raise CannotCapture("the graphs were released, or could not be captured anew: call recapture()")
         n = smallest(self.plan.batch_sizes, count)
-        if (function := self._functions.get(n)) is not None:
-            function()
-        else:
-            function = self._functions[n] = self._make(n)
+        if n in self.built:
+            return self._functions[n]
+        function = self._make(n)
+
+        def first() -> None:
             started = time.perf_counter()
             function()
             self.built[n] = Built(compile_s=time.perf_counter() - started if self.mode == "compiled" else 0.0)
+            self._functions[n] = self._functions[count] = function
+
+        return first
 
     def check(self) -> None:
         """Raise StaleGraph if graphs were captured and the model is no longer what they captured."""
@@ -125,8 +136,9 @@ class Steps:
         if self._graphs is None:
             raise CannotCapture("the graphs were released: call recapture()")
         if n not in self._graphs.sizes:
-            self._graphs.make_room(self.plan.graph_bytes)
             self._graphs.capture(n, self._make(n))
+            self._graphs.make_room(self.plan.graph_bytes, keep=n)
+            self._functions.clear()  # which replay sizes that may be gone
 
     def close(self) -> None:
         """Release all graphs and compiled steps."""
@@ -205,6 +217,7 @@ class Regions:
         names = getattr(model, "_repeated_blocks", None)
         if model is None or not names:
             raise PlanMismatch(f"{type(model).__name__} names no _repeated_blocks to compile; set regional = false")
+        self._former: dict[int, Any] = {}  # what the user compiled
         call = _own_code(nn.Module._call_impl, f"block_{n}")  # one code for all blocks of a size, so they share graphs
         mode = None if how == "default" else how
         self._blocks = [
@@ -218,13 +231,18 @@ class Regions:
 
     def __enter__(self) -> None:
         for attributes, call in self._blocks:
+            self._former[id(attributes)] = attributes.get("_compiled_call_impl")
             attributes["_compiled_call_impl"] = call  # where nn.Module.compile() puts it
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for attributes, _ in self._blocks:
-            del attributes["_compiled_call_impl"]
+            former = self._former.pop(id(attributes))
+            if former is None:
+                del attributes["_compiled_call_impl"]
+            else:
+                attributes["_compiled_call_impl"] = former
 
 
 def _own_code(function: Callable[..., Any], name: str) -> FunctionType:
@@ -280,7 +298,7 @@ class StepGraphs:
         self._graphs[n].replay()
 
     def capture(self, n: int, function: StepFunction, budget_bytes: int | None = None) -> bool:
-        """Warm up, compile and capture size n; False, and nothing kept, if it would not fit the budget."""
+        """Warm up, compile and capture size n; False, and no graph kept, if it would not fit the budget."""
         with torch.cuda.device(self._device), torch.no_grad():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -321,13 +339,19 @@ class StepGraphs:
             return False
         return True
 
-    def make_room(self, budget_bytes: int | None) -> None:
-        """Evict the least used graphs, the largest size apart, until the budget holds."""
-        while budget_bytes is not None and self.nbytes >= budget_bytes and len(self._graphs) > 1:
-            self._evict(min(self.sizes[:-1], key=lambda n: self._replays[n]))
+    def make_room(self, budget_bytes: int | None, keep: int) -> None:
+        """Evict the least used graphs, the largest size and `keep` apart, until the budget holds."""
+        while budget_bytes is not None and self.nbytes > budget_bytes:
+            others = [n for n in self.sizes[:-1] if n != keep]
+            if not others:
+                raise OutOfMemory(
+                    f"the graphs of batch sizes {self.sizes} take {self.nbytes} bytes, not {budget_bytes}"
+                )
+            self._evict(min(others, key=lambda n: self._replays[n]))
 
     def close(self) -> None:
-        """Release every graph and the pool."""
+        """Release every graph and the pool, once all that was enqueued has run."""
+        torch.cuda.synchronize(self._device)
         for graph in self._graphs.values():
             graph.reset()
         for entries in (self._graphs, self._functions, self._replays, self.built):
@@ -356,18 +380,34 @@ class StepGraphs:
         graph, started = torch.cuda.CUDAGraph(), time.perf_counter()
         pool: Any = self._pool.id  # a plain tuple, which torch types as a handle of its own
         with torch.cuda.stream(self._stream):
+            torch._C._cuda_clearCublasWorkspaces()  # the graph's own is of its pool, whoever clears cuBLAS's later
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 for _ in range(self._unroll):
                     function()
-            except Exception as error:
-                with suppress(RuntimeError):  # the capture is invalid and has to be ended all the same
-                    graph.capture_end()
-                if isinstance(error, torch.OutOfMemoryError):
+                graph.capture_end()
+            except BaseException as error:
+                self._abandon(graph)
+                if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                     raise
                 raise CannotCapture(
                     f"the step cannot be captured at batch size {n}: {str(error).splitlines()[0]}; "
-                    "`python -m fastdiff.bench doctor` names the operation, its file and line"
+                    "`python -m fastdiff.bench doctor` names the operation, its file and line; then call recapture()"
                 ) from error
-            graph.capture_end()
+            torch._C._cuda_clearCublasWorkspaces()  # back to the pool: the next size takes the same
         return graph, time.perf_counter() - started
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed: torch leaves its allocator recording where the stream's capture was invalid."""
+        _abandoned.append(graph)  # the allocator of pinned memory keeps a pointer to it
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            device, pool = torch.cuda.current_device(), self._pool.id
+            with suppress(RuntimeError):  # it is not recording: capture_end came as far as that
+                torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
+        graph.reset()
+
+
+_abandoned: list[torch.cuda.CUDAGraph] = []

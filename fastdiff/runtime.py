@@ -36,6 +36,7 @@ class MemoryUse:
     conditioning_bytes: int  # the part of it that is conditioning
     pool_bytes: int | None  # the graphs' activations, which all batch sizes share
     graph_bytes: dict[int, int]  # by batch size: what its graph took beside the pool of the sizes before it
+    left_out: tuple[int, ...]  # batch sizes that the byte budget left without a graph
     reserved_bytes: int | None  # by torch, for everything in the process
     driver_bytes: int | None  # in use on the device, other processes included
 
@@ -73,6 +74,7 @@ class Runtime:
         self.plan = _plan_for(self.family, max_batch, mode, plan, capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
+        self._done: torch.cuda.Event | None = None  # what the last session enqueued
         self.choice: Choice | None = None
         if mode == "auto":
             self._make_room("eager", progress)
@@ -118,14 +120,17 @@ class Runtime:
             conditioning_bytes=self.slots.conditioning_bytes,
             pool_bytes=graphs.pool_bytes if graphs else None,
             graph_bytes={n: built.torch_bytes + built.driver_bytes for n, built in self.steps.built.items()},
+            left_out=tuple(sorted(set(self.plan.batch_sizes) - set(graphs.sizes))) if graphs else (),
             reserved_bytes=torch.cuda.memory_reserved(self.family.device) if cuda else None,
             driver_bytes=total - free if cuda else None,
         )
 
     def recapture(self) -> None:
-        """Capture all graphs anew, after the model's weights were replaced, moved, wrapped or rescaled."""
+        """Capture and certify all graphs anew, after weights were replaced, moved, wrapped or rescaled."""
         with self.session():
             self.steps.recapture()
+            if self.certificate is not None:
+                self.certificate = self._certify()
 
     def capture(self, batch_size: int) -> None:
         """Capture a batch size that the byte budget left out, in the place of less used ones."""
@@ -136,7 +141,7 @@ class Runtime:
         """Release graphs, compiled steps and all static memory; the runtime is of no use afterwards."""
         with self.session():
             self.steps.close()
-            del self.slots
+            del self.slots, self.steps
 
     def supports(self, request: Request) -> str | None:
         """None if `generate` would take the request, else the reason why not. No model work."""
@@ -289,9 +294,14 @@ class Session:
         if runtime._holder == threading.get_ident():
             raise RuntimeError("this thread has a session of this runtime open: close it first")
         runtime._in_use.acquire()
+        if not hasattr(runtime, "slots"):
+            runtime._in_use.release()
+            raise RuntimeError("this runtime was closed; build another")
         runtime._holder = threading.get_ident()
         self._runtime: Runtime | None = runtime
         self._slots, self._steps, self._plan = runtime.slots, runtime.steps, runtime.plan
+        if runtime._done is not None:  # another stream's work on the same slots comes first
+            torch.cuda.current_stream(self._slots.device).wait_event(runtime._done)
         self._occupants: dict[int, _Occupant] = {}
 
     @property
@@ -372,6 +382,8 @@ class Session:
             for slot in self._occupants:
                 self._slots.park(slot)
             self._occupants.clear()
+            if self._slots.device.type == "cuda":
+                runtime._done = torch.cuda.current_stream(self._slots.device).record_event()
             runtime._holder = None
             runtime._in_use.release()
 
@@ -396,7 +408,8 @@ class Session:
 
     def _draw(self, generator: torch.Generator, occupant: _Occupant, start: int, end: int) -> Tensor:
         draws = occupant.table.draws[start:end]
-        return run_noise(generator, draws, self._plan.latent_shape, occupant.state.dtype, self._slots.device)
+        # On the generator's own device: the copy into the ring waits for nothing, one made here would.
+        return run_noise(generator, draws, self._plan.latent_shape, occupant.state.dtype, generator.device)
 
     def _check_fits(self, state: RequestState, table: StepTable) -> None:
         latents = state.prepared[1]

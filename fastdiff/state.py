@@ -81,6 +81,7 @@ class RequestState:
         if self.generator is not None:
             tensors["generator"] = self.generator.get_state()
         fields = {"row": self.row, "guidance_scale": self.guidance_scale, "dtype": str(self.dtype)[6:]}
+        fields["generator"] = self.generator.device.type if self.generator else None
         save_file(tensors, path, metadata | {"fastdiff.RequestState": FORMAT_VERSION, "fields": json.dumps(fields)})
 
     @classmethod
@@ -98,7 +99,7 @@ class RequestState:
         fields = json.loads(metadata["fields"])
         generator = None
         if "generator" in tensors:
-            generator = torch.Generator()
+            generator = torch.Generator(fields.get("generator") or "cpu")
             generator.set_state(tensors["generator"])
         return cls(
             request=None,

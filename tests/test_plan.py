@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hatchling.builders.wheel import WheelBuilder
 
 from fastdiff.errors import PlanMismatch
 from fastdiff.plan import CapturePlan, TensorSpec, shipped
@@ -147,6 +146,8 @@ def test_the_plan_of_the_shipped_pipeline_is_what_a_runtime_derives(pipe: Any) -
 
 
 def test_the_wheel_carries_the_plans_to_where_they_are_looked_for(tmp_path: Path) -> None:
+    from hatchling.builders.wheel import WheelBuilder  # of the environment that builds wheels
+
     wheel = next(WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=["standard"]))
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = "from fastdiff.plan import CapturePlan, shipped; CapturePlan.load('digits'); print(*shipped().values())"

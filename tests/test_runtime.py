@@ -183,9 +183,13 @@ def test_memory_is_what_the_tensors_take(pipe: Any) -> None:
     assert memory.weights_bytes == sum(weight.nbytes for weight in pipe.unet.parameters())
     assert memory.state_bytes == sum(tensor.nbytes for tensor in runtime.slots.tensors())
     assert memory.conditioning_bytes == 2 * 2 * 16 * 64 * 4
+    assert (memory.graph_bytes, memory.left_out) == ({}, ())
     assert (memory.pool_bytes, memory.reserved_bytes, memory.driver_bytes) == (None, None, None)
     runtime.close()
     assert not hasattr(runtime, "slots")
+    for _ in range(2):  # the lock is free again
+        with pytest.raises(RuntimeError, match="this runtime was closed"):
+            runtime.session()
 
 
 def test_a_profile_leaves_the_slots_as_they_were(runtime: Runtime) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 from fastdiff.bench import ab, compare, doctor, export, gpu, memory, profile, run, selftest
 from fastdiff.bench.arguments import Parser, refuse
+from fastdiff.errors import FastdiffError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     if find_spec("rich") is None:
         refuse("rich is missing: pip install 'fastdiff-runtime[bench]'")
-    code: int = options.main(options)
+    try:
+        code: int = options.main(options)
+    except FastdiffError as error:
+        refuse(f"{type(error).__name__}: {error}")
+    except Exception:  # Python's own code for it is 1, which says regression
+        traceback.print_exc()
+        return 4
     return code
 
 

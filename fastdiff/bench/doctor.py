@@ -223,7 +223,7 @@ def print_report(report: dict[str, Any]) -> None:
         for cells in rows:
             table.add_row(*map(Text, cells))
         console.print(table)
-    for label, sentence in (*advice.items(), ("Nothing found against capturing", report["capturable"])):
+    for label, sentence in (*advice.items(), ("Open to capture", report["capturable"])):
         console.print(f"{label}: {sentence}.", markup=False, highlight=False)
 
 

@@ -24,6 +24,7 @@ from fastdiff.bench import gpu_cells, machine
 from fastdiff.bench.arguments import device, refuse
 from fastdiff.bench.gpu_cells import Settings, Unsupported
 from fastdiff.bench.gpu_report import markdown, outcomes
+from fastdiff.bench.journal import commit
 
 BUDGET_S = 480.0
 NULL_BATCHES = (1, 4, 8)
@@ -78,7 +79,7 @@ def main(options: argparse.Namespace) -> int:
         if settings.on_cuda:
             torch.cuda.set_device(place)
         return 0 if measure(cells[0], journal) in MEASURED else 4
-    kind = {"device": place.type, "tiny": options.tiny}
+    kind = {"device": place.type, "tiny": options.tiny, "torch": torch.__version__, "commit": commit()["id"]}
     for record in journal.read():
         if record["event"] == "run" and record["settings"] != kind:
             refuse(f"--out: {options.out} has the journal of {record['settings']}, got {kind}; name another folder")

@@ -93,6 +93,15 @@ def wrong_answers(report: Report) -> list[tuple[Report, str, str]]:
     ]
 
 
+def wrong_fates(report: Report) -> list[Report]:
+    """Interleaved requests that went wrong on an owner that isolates them."""
+    return [
+        one
+        for one in report["fates"]
+        if not one["arm"].startswith("shared") and any(fate["fate"] != "right" for fate in one["fates"])
+    ]
+
+
 def headline(report: Report) -> Report | None:
     """The attribution's last step from its baseline: all that was gained."""
     steps = report["summary"]["attribution"]
@@ -104,6 +113,8 @@ def outcome(report: Report) -> Outcome:
     """The worst thing that happened, else the best that can be said."""
     wrong, doubt, changed = wrong_answers(report), distrust(report), changes(report)
     regressed = [change for change in changed if change["verdict"] == "REGRESSION"]
+    if fates := wrong_fates(report):
+        return Outcome("INVALID", f"{fates[0]['arm']} let {fates[0]['sampler']}'s interleaved requests go wrong", True)
     if wrong:
         return Outcome("INVALID", f"{_number(len(wrong), 'arm')} answered wrongly, however fast", True)
     if regressed:

@@ -21,6 +21,7 @@ from fastdiff.bench.arguments import device, folder, pipeline, plain_name, posit
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.cells import Piece
 from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, unfinished
+from fastdiff.bench.outcome import wrong_fates
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import Suite
 from fastdiff.bench.summary import summarize
@@ -83,7 +84,7 @@ def main(options: argparse.Namespace) -> int:
 def exit_code(report: schema.Report) -> int:
     """What a run amounts to. Times play no part: they are judged in pairs of processes, by `ab`."""
     cases = (*report["images"], *report["rows"])
-    if any(arm["status"] != "ok" for case in cases for arm in case["arms"].values()):
+    if any(arm["status"] != "ok" for case in cases for arm in case["arms"].values()) or wrong_fates(report):
         return 3
     changes = (report["gates"] or {}).get("changes") or ()
     if any(change["verdict"] == "REGRESSION" for change in changes):
@@ -143,8 +144,8 @@ def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece],
     if raw["gates"]:
         changes = None if known is None else gates.compare(raw["gates"]["figures"], known)
         raw["gates"]["changes"] = None if changes is None else [asdict(change) for change in changes]
-    unet = pipe.unet
-    weights = [weight for part in (unet, pipe.vae, pipe.text_encoder) for weight in part.parameters()]
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = [weight for part in parts for weight in part.parameters()]
     report: dict[str, Any] = {
         "schema": schema.SCHEMA,
         "suite": Path(options.suite).stem,
@@ -153,12 +154,12 @@ def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece],
         "model": {
             "name": model_name,
             "parameters": sum(weight.numel() for weight in weights),
-            "toy": sum(weight.numel() for weight in unet.parameters()) < 50_000_000,
+            "toy": sum(weight.numel() for weight in family.model.parameters()) < 50_000_000,
             "latent_shape": list(family.latent_shape),
-            "dtype": str(unet.dtype).removeprefix("torch."),
+            "dtype": str(family.dtype).removeprefix("torch."),
         },
         "settings": {
-            "device": str(unet.device),
+            "device": str(family.device),
             "seed": options.seed,
             "threads": chosen.threads,
             "level": chosen.level,

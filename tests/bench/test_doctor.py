@@ -171,8 +171,7 @@ def test_digits_can_be_captured_as_it_is(capsys: pytest.CaptureFixture[str]) -> 
     code, printed = run(capsys, None, as_json=False)
     assert code == 0
     assert printed.splitlines() == [
-        "Nothing found against capturing: the step of UNet2DConditionModel at any batch size, "
-        "with the rows of DDIMScheduler."
+        "Open to capture: the step of UNet2DConditionModel at any batch size, with the rows of DDIMScheduler."
     ]
 
 
@@ -214,7 +213,7 @@ def test_findings_are_a_table_with_file_and_line(capsys: pytest.CaptureFixture[s
     assert f" diffusers/models/transformers/transformer_chroma.py:{findings[0].line} " in printed
     advice, capturable = printed.splitlines()[-2:]
     assert advice.startswith("host-to-device copy: a graph would copy again")
-    assert capturable.startswith("Nothing found against capturing: nothing")
+    assert capturable.startswith("Open to capture: nothing")
 
 
 def test_row_coupling_leaves_batch_size_one() -> None:

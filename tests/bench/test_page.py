@@ -13,8 +13,9 @@ from fastdiff.bench import schema
 from fastdiff.bench.outcome import outcome
 from fastdiff.bench.page import Axis, emphasis, html, strip
 from fastdiff.bench.report import markdown
+from fastdiff.bench.run import exit_code
 from tests.bench.browser import CHROMIUM, Browser
-from tests.bench.reports import COMMITTED, bare, baseline_moved, doubtful, hostile, wrong
+from tests.bench.reports import COMMITTED, bare, baseline_moved, committed, doubtful, hostile, wrong
 
 SECTIONS = ("verdict", "attribution", "arms", "forest", "time", "memory", "start-up", "parity", "trust")
 
@@ -171,3 +172,16 @@ def luminance(colour: str) -> float:
     channels = [int(digits) / 255 for digits in re.findall(r"\d+", colour)[:3]]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_an_owner_that_isolates_and_lets_a_request_go_wrong_is_invalid() -> None:
+    report = committed()
+    assert exit_code(report) == 0
+    fate = next(one for one in report["fates"] if one["arm"] == "cloned-deepcopy")
+    fate["fates"][0]["fate"] = "silently wrong"
+    assert outcome(report).word == "INVALID"
+    assert exit_code(report) == 3
+    fate["fates"][0]["fate"] = "right"
+    racing = next(one for one in report["fates"] if one["arm"] == "shared-racing")
+    racing["fates"][0]["fate"] = "silently wrong"  # what it is there to show
+    assert exit_code(report) == 0
