@@ -52,7 +52,7 @@ def test_no_stage_changes_the_components_or_the_state_that_it_was_given(family: 
     "mutate",
     [
         lambda pipe: pipe.scheduler.set_timesteps(7),
-        lambda pipe: setattr(pipe, "_guidance_scale", 3.0),
+        lambda pipe: setattr(pipe, "_guidance_scale", 1234.5),  # of no other test on the shared pipe
         lambda pipe: pipe.unet.config.__dict__.update(sample_size=9),
         lambda pipe: pipe.vae.decoder.conv_in.bias.data.add_(1e-7),
         lambda pipe: pipe.unet.register_buffer("planted", torch.zeros(1)),
