@@ -184,7 +184,7 @@ def step_function(denoiser: Denoiser, batch: Batch) -> StepFunction:
 def compiled(function: Callable[..., Any], name: str, how: Compile, backend: str = "inductor") -> Callable[..., Any]:
     """`function` compiled as one graph, over a code object of its own: dynamo's recompile limit counts per code."""
     mode = None if how == "default" else how
-    return torch.compile(_own_code(function, name), fullgraph=True, dynamic=False, mode=mode, backend=backend)
+    return torch.compile(own_code(function, name), fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
 
 def regional(
@@ -192,7 +192,7 @@ def regional(
 ) -> StepFunction:
     """The step with the model's repeated blocks compiled once for all of them, the update compiled, the rest eager.
 
-    Full compilation of a large model takes minutes for each batch size; its blocks take seconds.
+    For large models, whose full compilation would be repeated for every batch size.
     """
     n = len(batch.slot)
     blocks = Regions(model, n, how, backend)
@@ -218,7 +218,7 @@ class Regions:
         if model is None or not names:
             raise PlanMismatch(f"{type(model).__name__} names no _repeated_blocks to compile; set regional = false")
         self._former: dict[int, Any] = {}  # what the user compiled
-        call = _own_code(nn.Module._call_impl, f"block_{n}")  # one code for all blocks of a size, so they share graphs
+        call = own_code(nn.Module._call_impl, f"block_{n}")  # one code for all blocks of a size, so they share graphs
         mode = None if how == "default" else how
         self._blocks = [
             (
@@ -245,7 +245,8 @@ class Regions:
                 attributes["_compiled_call_impl"] = former
 
 
-def _own_code(function: Callable[..., Any], name: str) -> FunctionType:
+def own_code(function: Callable[..., Any], name: str) -> FunctionType:
+    """`function` over a code object of its own, for which dynamo has compiled nothing yet."""
     assert isinstance(function, FunctionType)
     # By its file dynamo knows torch's own functions, which it wraps into one code object for all.
     code = function.__code__.replace(co_name=name, co_filename=__file__)

@@ -14,7 +14,7 @@ _SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps",
 
 
 class _Content(NamedTuple):
-    """An array in a cache key: compared in full, hashed by its size alone, which is twenty times cheaper."""
+    """An array in a cache key: compared in full, hashed by its size alone, so that it is read once."""
 
     kind: Hashable
     content: bytes
@@ -51,7 +51,7 @@ def fingerprint(scheduler: Any) -> Hashable:
 
 
 class _Watched(NamedTuple):
-    """A tensor and, through numpy, its live memory: reading it costs a fifth of freezing the tensor anew."""
+    """A tensor and, through numpy, its live memory, to be read without going through torch again."""
 
     tensor: Tensor
     memory: Any  # np.ndarray, an alias

@@ -24,7 +24,7 @@ _MISSING = object()
 class Weights:
     """The tree of `model` as it is now: modules, tensors' addresses, hooks, and the plain numbers they keep.
 
-    `changed` takes well under a millisecond for a UNet of 700 modules, so it can be asked once per request.
+    `changed` walks flat lists that are made once, so that it can be asked once per request.
     """
 
     def __init__(self, model: nn.Module | None) -> None:

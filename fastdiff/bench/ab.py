@@ -26,14 +26,13 @@ from fastdiff.bench import machine, selftest, suite
 from fastdiff.bench.arguments import device, refuse
 from fastdiff.bench.cells import IMAGE_TOLERANCE, ROW_TOLERANCE
 from fastdiff.bench.stats import pairs_needed, ratio
-from fastdiff.bench.verdict import Judgement, judge_processes
+from fastdiff.bench.verdict import DELTA, Judgement, judge_processes
 
 SCHEMA = "fastdiff.ab/1"
 LEVEL = 0.99  # for all looks together
 LEAST_PROCESSES = 6
 BLOCK_S = 0.02
-DELTA = 0.02  # the slowdown that counts, unless the machine's grade says otherwise
-MARGIN = 1.5  # times that: the width that counts as no change
+MARGIN = 1.5  # times the slowdown that counts, which the machine's grade says: the width that counts as no change
 TOLERANCES = {"row": ROW_TOLERANCE, "image": IMAGE_TOLERANCE}
 SIDES = ("base", "head")
 WORKER = Path(__file__).with_name("worker.py")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from fastdiff.bench import gates, schema
 from fastdiff.bench.arguments import refuse
 from fastdiff.bench.schema import PYTEST_BENCHMARK, BadReport, Report
+from fastdiff.bench.verdict import DELTA
 
-DELTA = 0.02
 LEAST_ROUNDS = 20
 
 Hint = Literal["slower", "faster", "cannot tell"]

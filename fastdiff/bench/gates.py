@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from fastdiff.bench.arms import Workbench, requests_of
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.suite import CountCase
 from fastdiff.bench.vram import CountingDevice, live_tensors, storage_bytes, vram_peak
-from fastdiff.capture import step_function
+from fastdiff.capture import own_code, step_function
 from fastdiff.denoiser import Denoiser
 from fastdiff.noise import normal, seeded
 from fastdiff.plan import CapturePlan, shipped
@@ -159,11 +158,7 @@ def _compilation(bench: Workbench) -> Iterator[Figure]:
     runtime, n = bench.runtime("eager", BATCHES[-1]), BATCHES[-1]
     slots = Slots(runtime.plan, bench.device, planar=True)
     step = step_function(bench.family.denoiser, slots.batch(n))
-    assert isinstance(step, FunctionType)
-    code = step.__code__.replace(co_name="counted_step")  # one that has not been compiled in this process
-    traced = torch.compile(
-        FunctionType(code, step.__globals__, closure=step.__closure__), backend="eager", dynamic=False
-    )
+    traced = torch.compile(own_code(step, "counted_step"), backend="eager", dynamic=False)
     breaks, graphs = _graph_breaks(), []
     for requests in (_requests(bench), _requests(bench)[::-1], _requests(bench, guidance=1.0)):
         before = counters["stats"]["unique_graphs"]

@@ -41,8 +41,9 @@ from fastdiff.bench.report import (
 )
 from fastdiff.bench.suite import ARMS, split
 from fastdiff.bench.summary import Report, unit_s
+from fastdiff.bench.verdict import MARGIN
 
-NO_CHANGE = 1.03  # the band that is shaded: verdict.judge's margin either way
+NO_CHANGE = 1 + MARGIN  # the band that is shaded
 DOTS_WITHIN = 2.0  # a dot plot reaches from half the median to twice
 
 

@@ -15,6 +15,10 @@ from fastdiff.bench.stats import ratio
 Verdict = Literal["REGRESSION", "IMPROVEMENT", "NO-CHANGE", "INCONCLUSIVE", "INVALID"]
 
 
+DELTA = 0.02  # the slowdown that counts
+MARGIN = 0.03  # the change that does not
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What became of the time from base to head: +0.05 is 5 % slower, None where it was not worked out."""
@@ -32,8 +36,8 @@ def judge(
     head_s: Sequence[float],
     *,
     level: float = 0.99,
-    delta: float = 0.02,
-    margin: float = 0.03,
+    delta: float = DELTA,
+    margin: float = MARGIN,
     least_pairs: int = 20,
 ) -> Judgement:
     """The verdict on rounds in which base and head ran once each: the Hodges-Lehmann estimate and its interval.
@@ -55,8 +59,8 @@ def judge_processes(
     log_ratios: Sequence[float],
     *,
     level: float = 0.99,
-    delta: float = 0.02,
-    margin: float = 0.03,
+    delta: float = DELTA,
+    margin: float = MARGIN,
     least: int = 6,
 ) -> Judgement:
     """The verdict on ln(head / base), one number per pair of processes: their mean and its t interval.

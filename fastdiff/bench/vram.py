@@ -35,7 +35,7 @@ _FREE = {
     aten.lift_fresh,
     aten._local_scalar_dense,
 }
-_NOISE = {aten.randn}  # fmt: skip
+_NOISE = {aten.randn}
 _SYNCS = {"host read", "data-dependent shape"}
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff.bench import ab, machine, suite, worker
 from fastdiff.bench.__main__ import main
+from fastdiff.bench.verdict import DELTA
 
 ROOT = Path(fastdiff.__file__).parents[1]
 HOT, IMAGE = "mixed, hot, eager", "digits, batch 1, tensorized/eager"
@@ -275,7 +276,7 @@ def test_a_process_that_dies_on_the_way_fails_the_undecided_cases() -> None:
 def compare_times(bench: Any) -> tuple[dict[str, Any], dict[str, str]]:
     failed: dict[str, str] = {}
     options = argparse.Namespace(processes=(6, 10, 16), seed=0)
-    times = ab._compare_times(bench, [ab.Work(HOT, "row", 100.0)], 10, options, ab.DELTA, failed)
+    times = ab._compare_times(bench, [ab.Work(HOT, "row", 100.0)], 10, options, DELTA, failed)
     return times, failed
 
 
