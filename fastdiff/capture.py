@@ -79,8 +79,7 @@ class Steps:
         self._functions: dict[int, StepFunction] = {}
         self._graphs: StepGraphs | None = None
         self._weights: Weights | None = None
-        if mode in GRAPH_MODES:
-            self.recapture()
+        self.recapture()
 
     @property
     def graphs(self) -> StepGraphs | None:
@@ -114,14 +113,19 @@ class Steps:
         return first
 
     def check(self) -> None:
-        """Raise StaleGraph if graphs were captured and the model is no longer what they captured."""
+        """Raise StaleGraph if the model is no longer what was compiled or captured."""
         if self._weights is not None and (change := self._weights.changed()):
-            raise StaleGraph(f"the captured graphs are stale: {change}; call recapture() to capture the model as it is")
+            raise StaleGraph(f"the {self.mode} step is stale: {change}; call recapture() to take the model as it is")
 
     def recapture(self) -> None:
-        """Capture every batch size anew, after releasing what was captured before. The slots must be idle."""
-        self._require_graph_mode()
+        """Release what was captured or compiled before, and capture every batch size anew; compiled steps are compiled
+        anew when they are next used. The slots must be idle."""
         self.close()
+        if self.mode == "eager":
+            return  # and sees the model as it is
+        if self.mode == "compiled":
+            self._weights = Weights(self._model)
+            return
         graphs = StepGraphs(self._slots.device, self.rows_per_call)
         for n in tqdm(self.plan.batch_sizes[::-1], desc=f"capture {self.mode}", disable=not self._progress):
             graphs.capture(n, self._make(n), self.plan.graph_bytes)
@@ -130,7 +134,8 @@ class Steps:
 
     def capture(self, n: int) -> None:
         """Capture a size that the byte budget left out; the least used go where they must. The slots must be idle."""
-        self._require_graph_mode()
+        if self.mode not in GRAPH_MODES:
+            raise CannotCapture(f"mode {self.mode!r} has no graphs; build with mode 'step-graph' or 'loop-graph'")
         if n not in self.plan.batch_sizes:
             raise PlanMismatch(f"expected one of the plan's batch sizes {self.plan.batch_sizes}, got {n}")
         if self._graphs is None:
@@ -147,10 +152,6 @@ class Steps:
         self._graphs = self._weights = None
         self._functions.clear()
         self.built = {}
-
-    def _require_graph_mode(self) -> None:
-        if self.mode not in GRAPH_MODES:
-            raise CannotCapture(f"mode {self.mode!r} has no graphs; build with mode 'step-graph' or 'loop-graph'")
 
     def _make(self, n: int) -> StepFunction:
         batch = self._slots.batch(n)
@@ -182,9 +183,17 @@ def step_function(denoiser: Denoiser, batch: Batch) -> StepFunction:
 
 
 def compiled(function: Callable[..., Any], name: str, how: Compile, backend: str = "inductor") -> Callable[..., Any]:
-    """`function` compiled as one graph, over a code object of its own: dynamo's recompile limit counts per code."""
-    mode = None if how == "default" else how
-    return torch.compile(own_code(function, name), fullgraph=True, dynamic=False, mode=mode, backend=backend)
+    """`function` compiled as one graph, over a code object of its own: dynamo's recompile limit counts per code.
+
+    Its guards are dropped, but for torch's global state. They would look in each call whether shapes, weights and the
+    model's attributes are as they were traced: the memory here is static, and `Weights` looks once per request.
+    """
+    options = {**torch._inductor.list_mode_options(how), "guard_filter_fn": _of_global_state}
+    return torch.compile(own_code(function, name), fullgraph=True, dynamic=False, options=options, backend=backend)
+
+
+def _of_global_state(guards: Sequence[Any]) -> list[bool]:
+    return [guard.guard_type == "GLOBAL_STATE" for guard in guards]  # autocast and its like: a host may change them
 
 
 def regional(

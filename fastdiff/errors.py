@@ -22,7 +22,7 @@ class CannotCapture(FastdiffError):
 
 
 class StaleGraph(FastdiffError):
-    """The model is no longer the one that was captured: weights replaced, moved, wrapped or rescaled."""
+    """The model is no longer the one that was compiled or captured: weights replaced, moved, wrapped or rescaled."""
 
 
 class RowsCoupled(FastdiffError):

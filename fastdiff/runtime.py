@@ -126,7 +126,7 @@ class Runtime:
         )
 
     def recapture(self) -> None:
-        """Capture and certify all graphs anew, after weights were replaced, moved, wrapped or rescaled."""
+        """Capture, or compile, and certify anew, after weights were replaced, moved, wrapped or rescaled."""
         with self.session():
             self.steps.recapture()
             if self.certificate is not None:
@@ -312,7 +312,8 @@ class Session:
     def add(self, state: RequestState) -> int:
         """Copy a prepared state into the lowest free slot; the slot's number.
 
-        PlanMismatch if none is free or the state does not fit, StaleGraph if the model is not the captured one.
+        PlanMismatch if none is free or the state does not fit, StaleGraph if the model is no longer what was compiled
+        or captured.
         """
         self._check_open()
         self._steps.check()

@@ -1,7 +1,8 @@
-"""What a captured graph froze of a model, and whether it is still so.
+"""What a captured or compiled step froze of a model, and whether it is still so.
 
 A graph reads weights by address and has every Python number of the model baked in: a LoRA scale, an IP-Adapter scale,
-which adapter is active, which hook runs. Values written in place stay visible to it; everything else does not.
+which adapter is active, which hook runs; so has a compiled step whose guards were dropped. Values written in place stay
+visible to both; everything else does not.
 """
 
 from __future__ import annotations

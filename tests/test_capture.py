@@ -55,8 +55,6 @@ def test_graphs_without_cuda_are_an_error_and_no_quiet_eager_run(pipe: Any, mode
 def test_only_graph_modes_capture() -> None:
     steps = Steps(toy_model, Slots(PLAN, "cpu"))
     with pytest.raises(CannotCapture, match="mode 'eager' has no graphs"):
-        steps.recapture()
-    with pytest.raises(CannotCapture, match="mode 'eager' has no graphs"):
         steps.capture(1)
 
 
@@ -126,6 +124,44 @@ def test_twenty_variants_compile_in_one_process() -> None:
             for _ in range(2):
                 one()
     assert counters["stats"]["unique_graphs"] == before + len(sizes)
+
+
+def test_compiled_steps_look_at_the_global_state_alone() -> None:
+    """Guards on the model are the watched weights' work, once per request; autocast is the host's, at any time."""
+    scale = {"by": 2.0}
+    double = compiled(lambda x: x @ x * scale["by"], "double", "default", backend="eager")
+    x = torch.eye(2)
+    assert torch.equal(double(x), 2 * x)
+    scale["by"] = 3.0
+    assert torch.equal(double(x), 2 * x)  # which is why the weights are watched
+    with torch.autocast("cpu", torch.bfloat16):
+        assert double(x).dtype == torch.bfloat16
+
+
+@pytest.mark.compiles
+def test_a_compiled_step_sees_weights_written_in_place_and_refuses_others() -> None:
+    model = Blocks()
+    slots, reference = Slots(PLAN, "cpu", planar=True), Slots(PLAN, "cpu")
+    steps, eager = Steps(model, slots, "compiled", model), Steps(model, reference, "eager", model)
+    for own in (slots, reference):
+        load_all(own, mixed_states())
+
+    def agree() -> bool:
+        steps(N)
+        eager(N)
+        return all(torch.allclose(slots.read(i, 1), reference.read(i, 1), rtol=1e-5, atol=1e-5) for i in range(N))
+
+    with torch.no_grad():
+        assert agree()
+        model.blocks[0].linear.weight.mul_(0.5)
+        steps.check()
+        assert agree()
+        model.blocks[0].linear.weight = nn.Parameter(torch.randn(5, 5))
+        with pytest.raises(StaleGraph, match=r"compiled step is stale: blocks\.0\.linear.*recapture\(\)"):
+            steps.check()
+        steps.recapture()
+        steps.check()
+        assert agree()
 
 
 def test_as_many_variants_of_a_models_blocks_compile_in_one_process() -> None:

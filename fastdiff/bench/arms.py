@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch import Tensor
 from fastdiff import stages
 from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import split
-from fastdiff.capture import Mode
+from fastdiff.capture import Mode, compiled
 from fastdiff.denoiser import Denoiser
 from fastdiff.families import Family, family_of
 from fastdiff.noise import normal, seeded
 from fastdiff.request import Request
 from fastdiff.runtime import Runtime
+
+Result = TypeVar("Result")
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SAMPLER_OPTIONS = {"PNDM": {"skip_prk_steps": True}}  # as Stable Diffusion ships it; with them PNDM holds 6 latents
@@ -65,16 +67,20 @@ class Workbench:
         if mode == "eager":
             return self.family.denoiser
         if batch not in self._compiled:
-            # The same forward at the same batch as fastdiff compiles, with the same settings (fastdiff/capture.py).
-            self._compiled[batch] = torch.compile(self.family.denoiser, fullgraph=True, dynamic=False)
+            # The same forward at the same batch as fastdiff compiles, with the same settings, guards dropped included.
+            def denoiser(*inputs: Any) -> Tensor:
+                return self.family.denoiser(*inputs)
+
+            self._compiled[batch] = compiled(denoiser, f"denoiser_{batch}", "default")
         return self._compiled[batch]
 
-    def first_call(self, what: str, arm: str, block: Block) -> None:
-        """Run a block for the first time, and record what it took where `arm` has `what` compiled by it."""
+    def first_call(self, what: str, arm: str, call: Callable[[], Result]) -> Result:
+        """What the first call returns; its time is recorded where `arm` has `what` compiled by it."""
         started = time.perf_counter()
-        block()
+        result = call()
         if split(arm)[1] == "compiled":
             self.compile_s.setdefault(what, time.perf_counter() - started)
+        return result
 
 
 def requests_of(

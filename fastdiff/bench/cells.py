@@ -164,9 +164,12 @@ def _images(row_bench: RowBench, case: ImageCase, suite: Suite, seed: int) -> It
         reference = torch.stack(arms.images_of(bench, "shared-sequential/eager", requests, True, bench.stopwatch()))
         for arm, block in blocks.items():
             what = "denoiser and step" if arm.startswith("tensorized") else "denoiser"
-            bench.first_call(f"{what}, batch {case.batch}", arm, block)
-            images = torch.stack(arms.images_of(bench, arm, requests, sequential, bench.stopwatch()))
-            errors[arm] = (images - reference).abs().max().item()
+            images = bench.first_call(
+                f"{what}, batch {case.batch}",
+                arm,
+                partial(arms.images_of, bench, arm, requests, sequential, bench.stopwatch()),
+            )
+            errors[arm] = (torch.stack(images) - reference).abs().max().item()
             peaks[arm] = vram_peak(bench.device, block)
     valid = {arm: block for arm, block in blocks.items() if errors[arm] <= IMAGE_TOLERANCE}
     pairs = [pair for pair in case.compare if set(pair) <= valid.keys()]
