@@ -141,6 +141,7 @@ def test_compiled_steps_look_at_the_global_state_alone() -> None:
 @pytest.mark.compiles
 def test_a_compiled_step_sees_weights_written_in_place_and_refuses_others() -> None:
     model = Blocks()
+    linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
     slots, reference = Slots(PLAN, "cpu", planar=True), Slots(PLAN, "cpu")
     steps, eager = Steps(model, slots, "compiled", model), Steps(model, reference, "eager", model)
     for own in (slots, reference):
@@ -153,10 +154,10 @@ def test_a_compiled_step_sees_weights_written_in_place_and_refuses_others() -> N
 
     with torch.no_grad():
         assert agree()
-        model.blocks[0].linear.weight.mul_(0.5)
+        linear.weight.mul_(0.5)
         steps.check()
         assert agree()
-        model.blocks[0].linear.weight = nn.Parameter(torch.randn(5, 5))
+        linear.weight = nn.Parameter(torch.randn(5, 5))
         with pytest.raises(StaleGraph, match=r"compiled step is stale: blocks\.0\.linear.*recapture\(\)"):
             steps.check()
         steps.recapture()

@@ -33,6 +33,7 @@ from fastdiff.state import RequestState
 from fastdiff.step import denoise_step
 from fastdiff.table import StepTable
 
+PROBES = ("tabulate, cold",)  # of what `setup_blocks` times
 NOISE_SEED = 1000  # step noise comes from generators of its own, so that both sides draw alike whatever came before
 
 
