@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
@@ -39,7 +40,20 @@ def freeze(value: Any) -> Hashable:
     return (kind, value) if isinstance(value, Hashable) else repr(value)
 
 
-def fingerprint(scheduler: Any) -> Hashable:
+class Fingerprint:
+    """A scheduler as a cache key: hashed once, because there are a hundred parts to it."""
+
+    def __init__(self, parts: Hashable) -> None:
+        self._parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self._parts == other._parts
+
+
+def fingerprint(scheduler: Any) -> Fingerprint:
     """Class, config items, scalars and the tables edited after construction.
 
     What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
@@ -51,17 +65,19 @@ def fingerprint(scheduler: Any) -> Hashable:
 
 
 class _Watched(NamedTuple):
-    """A tensor and, through numpy, its live memory, to be read without going through torch again."""
+    """A tensor, and its live memory as bytes, to be read through numpy without going through torch again."""
 
     tensor: Tensor
-    memory: Any  # np.ndarray, an alias
     pointer: int
-    frozen: Hashable
+    dtype: torch.dtype
+    shape: torch.Size
+    read: Callable[[], bytes]
+    content: bytes
 
-    def unchanged(self) -> bool:
-        kind = (self.tensor.dtype, self.tensor.shape)
-        moved = self.tensor.data_ptr() != self.pointer  # `set_` and `.data =` move it
-        return not moved and _Content(kind, self.memory.tobytes()) == self.frozen
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Watched:
+        read = tensor.detach().numpy().tobytes  # of an alias
+        return cls(tensor, tensor.data_ptr(), tensor.dtype, tensor.shape, read, read())
 
 
 class _Seen:
@@ -72,17 +88,19 @@ class _Seen:
         config = {key: (value, freeze(value)) for key, value in self._config.items() if key[0] != "_"}
         self._attributes = {key: value for key, value in vars(scheduler).items() if _counts(key, value)}
         attributes = {key: freeze(value) for key, value in self._attributes.items()}
-        self.key: Hashable = (
-            type(scheduler),
-            tuple((key, frozen) for key, (_, frozen) in config.items()),
-            tuple(attributes.items()),
+        self.key = Fingerprint(
+            (
+                type(scheduler),
+                tuple((key, frozen) for key, (_, frozen) in config.items()),
+                tuple(attributes.items()),
+            )
         )
         # Everything that can change while it stays the same object. A config's own items cannot: it is a FrozenDict.
         self._mutable = [(value, frozen) for value, frozen in config.values() if type(value) not in _SCALARS]
         self._watched: list[_Watched] = []
         for key, value in self._attributes.items():
             if isinstance(value, Tensor) and value.device.type == "cpu":
-                self._watched.append(_Watched(value, value.detach().numpy(), value.data_ptr(), attributes[key]))
+                self._watched.append(_Watched.of(value))
             elif type(value) not in _SCALARS:
                 self._mutable.append((value, attributes[key]))
 
@@ -95,12 +113,13 @@ class _Seen:
                 same += 1
             elif _counts(key, value):
                 return False
-        return (
-            same == len(before)
-            and scheduler.config is self._config
-            and all(map(_Watched.unchanged, self._watched))
-            and all(freeze(value) == frozen for value, frozen in self._mutable)
-        )
+        if same != len(before) or scheduler.config is not self._config:
+            return False
+        for tensor, pointer, dtype, shape, read, content in self._watched:
+            moved = tensor.data_ptr() != pointer  # `set_` and `.data =` move it
+            if moved or tensor.dtype is not dtype or tensor.shape != shape or read() != content:
+                return False
+        return all(freeze(value) == frozen for value, frozen in self._mutable)
 
 
 def _counts(key: str, value: Any) -> bool:

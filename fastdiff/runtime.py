@@ -327,7 +327,8 @@ class Session:
             if state.generator is None:
                 raise ValueError(f"{table.source} draws noise: the state needs a generator")
             generator = copy_generator(state.generator)
-        self._slots.load(slot, state)
+        with torch.no_grad():  # a host's latents or embeddings may want gradients; static memory must not
+            self._slots.load(slot, state)
         self._occupants[slot] = _Occupant(state, state.row, len(table), generator, state.row, state.row)
         return slot
 

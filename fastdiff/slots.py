@@ -122,7 +122,9 @@ class Slots:
             },
         )
         self._batches = {size: self._view(slice(size)) for size in plan.batch_sizes}
+        self._planar = planar
         self._places = [self._view(slot) for slot in range(slots)]  # made once: a view costs as much as a copy
+        self._memories = [[self._memory(place, k) for k in range(plan.memory + 1)] for place in self._places]
         self._has_noise = [False] * slots
 
     def _view(self, part: slice | int) -> Batch:
@@ -132,6 +134,13 @@ class Slots:
             planes=tuple(plane[part] for plane in own.planes),
             conditioning={name: tensor[part] for name, tensor in own.conditioning.items()},
         )
+
+    def _memory(self, place: Batch, k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Where a slot holds k latents, and the latents that it then has to spare."""
+        if self._planar:
+            return place.planes[:k], place.planes[k:]
+        (plane,) = place.planes
+        return (plane[:k],), (plane[k:],) if k < len(plane) else ()
 
     def batch(self, n: int) -> Batch:
         """Slots [0, n), for an n of the plan's batch sizes."""
@@ -161,13 +170,12 @@ class Slots:
         place.table[: len(packed)].copy_(packed, non_blocking=True)
         if state.guidance_scale != 1.0:
             place.table[: len(packed), GUIDANCE].fill_(state.guidance_scale)
-        rest = latents.flatten(1)
-        for plane in place.planes:
-            held = rest[: len(plane)]
-            plane[: len(held)].copy_(held, non_blocking=True)
-            if len(held) < len(plane):
-                plane[len(held) :].zero_()  # idle memory has weight 0, and 0 * nan is nan
-            rest = rest[len(plane) :]
+        own = latents.flatten(1)  # [k, P]
+        held, idle = self._memories[slot][len(own)]
+        for plane, latent in zip(held, own.split(1) if self._planar else (own,), strict=True):
+            plane.copy_(latent, non_blocking=True)
+        for plane in idle:
+            plane.zero_()  # its weight is 0, and 0 * nan is nan
         if self._has_noise[slot]:
             place.noise.zero_()
             self._has_noise[slot] = False

@@ -326,8 +326,9 @@ def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: st
         # By type: isinstance would ask every lazy proxy of every library for its class.
         return (sum(one.nbytes for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)),)
 
-    for count in range(1, 9):
-        runtime.steps(count)  # every size has been used
+    with torch.no_grad():
+        for count in range(1, 9):
+            runtime.steps(count)  # every size has been used
     serve(0, 50)
     addresses, before = [tensor.data_ptr() for tensor in runtime.slots.tensors()], held()
     serve(50, 1050)

@@ -225,6 +225,16 @@ def test_denoise_is_generate_without_the_stages(runtime: Runtime, scheduler: str
     assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
 
 
+def test_tensors_that_want_gradients_leave_the_slots_without(runtime: Runtime) -> None:
+    state = runtime.prepare(Request(prompt="a handwritten two", steps=2))
+    table, latents = state.prepared[0], state.prepared[1][:1]
+    conditioning = {name: tensor.clone().requires_grad_() for name, tensor in state.conditioning.items()}
+    wanted = runtime.denoise(latents, {name: tensor[None] for name, tensor in state.conditioning.items()}, table)
+    given = {name: tensor[None] for name, tensor in conditioning.items()}
+    assert torch.equal(runtime.denoise(latents.clone().requires_grad_(), given, table), wanted)
+    assert not any(tensor.requires_grad for tensor in runtime.slots.tensors())
+
+
 def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
     state = runtime.prepare(MIXED[1])
     latents, conditioning = state.prepared[1][:1], {"prompt_embeds": state.conditioning["prompt_embeds"][None]}
