@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -182,14 +183,17 @@ def step_function(denoiser: Denoiser, batch: Batch) -> StepFunction:
     return step
 
 
-def compiled(function: Callable[..., Any], name: str, how: Compile, backend: str = "inductor") -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], name: str, how: Compile, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., Any]:
     """`function` compiled as one graph, over a code object of its own: dynamo's recompile limit counts per code.
 
     Its guards are dropped, but for torch's global state. They would look in each call whether shapes, weights and the
-    model's attributes are as they were traced: the memory here is static, and `Weights` looks once per request.
+    model's attributes are as they were traced: the memory here is static, and `Weights` looks once per request. Shapes
+    are static without `dynamic=False`, which costs a tenth of a call: a code object of its own sees one of each.
     """
     options = {**torch._inductor.list_mode_options(how), "guard_filter_fn": _of_global_state}
-    return torch.compile(own_code(function, name), fullgraph=True, dynamic=False, options=options, backend=backend)
+    return torch.compile(own_code(function, name), fullgraph=True, options=options, backend=backend)
 
 
 def _of_global_state(guards: Sequence[Any]) -> list[bool]:
@@ -254,9 +258,13 @@ class Regions:
                 attributes["_compiled_call_impl"] = former
 
 
+_serials = itertools.count()
+
+
 def own_code(function: Callable[..., Any], name: str) -> FunctionType:
-    """`function` over a code object of its own, for which dynamo has compiled nothing yet."""
+    """`function` over a code object of its own, for which dynamo has compiled nothing and knows no shapes yet."""
     assert isinstance(function, FunctionType)
+    name = f"{name}_{next(_serials)}"  # dynamo remembers shapes by file, line and name
     # By its file dynamo knows torch's own functions, which it wraps into one code object for all.
     code = function.__code__.replace(co_name=name, co_filename=__file__)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

@@ -303,6 +303,7 @@ class Session:
         if runtime._done is not None:  # another stream's work on the same slots comes first
             torch.cuda.current_stream(self._slots.device).wait_event(runtime._done)
         self._occupants: dict[int, _Occupant] = {}
+        self._new = False  # whether one was added since the last step
 
     @property
     def free(self) -> int:
@@ -312,11 +313,9 @@ class Session:
     def add(self, state: RequestState) -> int:
         """Copy a prepared state into the lowest free slot; the slot's number.
 
-        PlanMismatch if none is free or the state does not fit, StaleGraph if the model is no longer what was compiled
-        or captured.
+        PlanMismatch if none is free or the state does not fit.
         """
         self._check_open()
-        self._steps.check()
         if not self.free:
             raise PlanMismatch(f"all {self._plan.max_batch} slots are taken; take or cancel one, or raise max_batch")
         table, _ = state.prepared
@@ -330,14 +329,20 @@ class Session:
         with torch.no_grad():  # a host's latents or embeddings may want gradients; static memory must not
             self._slots.load(slot, state)
         self._occupants[slot] = _Occupant(state, state.row, len(table), generator, state.row, state.row)
+        self._new = True
         return slot
 
     def step(self) -> list[int]:
         """Advance every unfinished slot by one row, in mode "loop-graph" by as many as a graph holds.
 
-        Returns the finished slots that wait to be taken, in rising order.
+        Returns the finished slots that wait to be taken, in rising order. The first step after an `add` raises
+        StaleGraph, and advances nothing, if the model is no longer what was compiled or captured; the requests can be
+        taken as they are.
         """
         self._check_open()
+        if self._new:
+            self._steps.check()  # once for all that were added: it looks at every module of the model
+            self._new = False
         running = {slot: one for slot, one in self._occupants.items() if one.row < one.end}
         for slot, occupant in running.items():
             self._draw_ahead(slot, occupant)

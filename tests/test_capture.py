@@ -138,6 +138,21 @@ def test_compiled_steps_look_at_the_global_state_alone() -> None:
         assert double(x).dtype == torch.bfloat16
 
 
+def test_shapes_are_static_whatever_was_compiled_before() -> None:
+    """One name at several sizes: dynamo would make the second one dynamic, which is a slower kernel."""
+    seen: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append([one for one in inputs if not isinstance(one, Tensor)])
+        return graph.forward
+
+    for shape in ((4, 8, 8), (4, 6, 10), (2, 4, 4)):
+        slots = Slots(replace(PLAN, latent_shape=shape), "cpu", planar=True)
+        with torch.no_grad():
+            compiled(step_function(toy_model, slots.batch(N)), "one_name", "default", backend=backend)()
+    assert seen == [[], [], []]  # no symbolic sizes among the inputs
+
+
 @pytest.mark.compiles
 def test_a_compiled_step_sees_weights_written_in_place_and_refuses_others() -> None:
     model = Blocks()

@@ -25,6 +25,7 @@ from fastdiff import (
     RequestState,
     Runtime,
     Session,
+    StaleGraph,
     stages,
 )
 from fastdiff.noise import copy_generator
@@ -384,6 +385,25 @@ def test_sessions_refuse_misuse_in_one_line(session: Session, runtime: Runtime, 
     with pytest.raises(RuntimeError, match="session is closed"):
         session.step()
     runtime.session().close()
+
+
+def test_a_stale_model_stops_the_step_and_loses_no_request(pipe: Any) -> None:
+    """Nothing is compiled for it: what a compiled step would have frozen is looked at before it."""
+    runtime = Runtime(pipe, max_batch=2, mode="compiled", certify=False)
+    state = runtime.prepare(Request(prompt="a handwritten four", steps=2))
+    weight = pipe.unet.conv_in.weight
+    try:
+        with runtime.session() as session:
+            slot = session.add(state)
+            pipe.unet.conv_in.weight = torch.nn.Parameter(weight.detach().clone())
+            for _ in range(2):
+                with pytest.raises(StaleGraph, match=r"compiled step is stale: conv_in.*recapture\(\)"):
+                    session.step()
+            taken = session.take(slot)
+    finally:
+        pipe.unet.conv_in.weight = weight
+    assert taken.row == 0
+    assert torch.equal(taken.prepared[1], state.prepared[1])
 
 
 def test_a_table_from_any_scheduler_object_is_served(pipe: Any, runtime: Runtime) -> None:
