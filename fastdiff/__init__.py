@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdiff import models as models
+    from fastdiff.acceleration import accelerate as accelerate
+    from fastdiff.acceleration import accelerated as accelerated
     from fastdiff.errors import CannotCapture as CannotCapture
     from fastdiff.errors import FastdiffError as FastdiffError
     from fastdiff.errors import NotLinear as NotLinear
@@ -40,9 +42,9 @@ _HOMES = {
     "CannotCapture": "errors", "CapturePlan": "plan", "FastdiffError": "errors", "Lease": "ownership", "NotLinear":
     "errors", "NumericalError": "errors", "OutOfMemory": "errors", "PlanMismatch": "errors", "Request": "request",
     "RequestState": "state", "Result": "request", "RowsCoupled": "errors", "Runtime": "runtime", "Session":
-    "runtime", "StaleGraph": "errors", "StepTable": "table", "acquire": "ownership", "models": "models", "prune":
-    "table", "table_cache": "probe", "table_scheduler": "scheduler",
-    "table_scheduler_class": "scheduler", "tabulate": "probe",
+    "runtime", "StaleGraph": "errors", "StepTable": "table", "accelerate": "acceleration", "accelerated":
+    "acceleration", "acquire": "ownership", "models": "models", "prune": "table", "table_cache": "probe",
+    "table_scheduler": "scheduler", "table_scheduler_class": "scheduler", "tabulate": "probe",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

@@ -16,7 +16,7 @@ PACKAGE = Path(fastdiff.__file__).parent
 ORDER = [
     "errors", "table", "fingerprint", "intercept", "probe", "rehearsal", "position", "scheduler", "request", "plan",
     "denoiser", "families", "noise", "state", "ownership", "slots", "step", "isolation", "weights", "capture", "audit",
-    "profile", "stages", "runtime", "models", "bench",
+    "profile", "stages", "runtime", "forward", "acceleration", "models", "bench",
 ]  # fmt: skip
 CONSTRUCTOR = ("table", "probe")  # StepTable.renoise lives beside the prober, and says so
 
