@@ -22,8 +22,8 @@ bench: $(READY)
 # Is this commit slower than BASE? What CI asks of a pull request: counts gate anywhere, times where the self-test passes.
 BASE ?= main
 regression: $(READY)
-	-$(BIN)/python -m fastdiff.bench selftest --quick
-	$(BIN)/python -m fastdiff.bench ab --base $(BASE)
+	@code=0; $(BIN)/python -m fastdiff.bench selftest --quick || code=$$?; \
+	$(BIN)/python -m fastdiff.bench ab --base $(BASE) || code=$$?; exit $$code
 
 # On a CUDA machine, which may have no network: in that machine's own Python, which has torch. WHEELS is a folder of
 # wheels for what it lacks; OUT is where the journal and the report go, and is read by the next run. TIER is A, B or C.
@@ -49,6 +49,7 @@ oracle: $(READY)
 
 coverage: $(READY)
 	$(BIN)/python -m tests.oracle --coverage reports/coverage.md
+	$(BIN)/python -m tests.families.coverage reports/coverage.md
 
 wheel: $(READY)
 	rm -rf dist

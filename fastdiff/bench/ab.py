@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from fastdiff.bench import machine, selftest, suite
+from fastdiff.bench import canary, machine, selftest, suite
 from fastdiff.bench.arguments import device, refuse
 from fastdiff.bench.cells import IMAGE_TOLERANCE, ROW_TOLERANCE
 from fastdiff.bench.stats import pairs_needed, ratio
@@ -32,6 +32,7 @@ SCHEMA = "fastdiff.ab/1"
 LEVEL = 0.99  # for all looks together
 LEAST_PROCESSES = 6
 BLOCK_S = 0.02
+CANARY_ROUNDS = 15  # of three blocks, in each pair of processes: a second beside ten or so of start and cases
 MARGIN = 1.5  # times the slowdown that counts, which the machine's grade says: the width that counts as no change
 TOLERANCES = {"row": ROW_TOLERANCE, "image": IMAGE_TOLERANCE}
 SIDES = ("base", "head")
@@ -114,7 +115,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(trees, Path(folder), document(chosen), options.device, options.seed)
         exact = _compare_exactly(bench, work)
         sound = [one for one in work if exact["results"].get(one.name, {}).get("right")]
-        times = {} if why_no_times else _compare_times(bench, sound, chosen.max_pairs, options, delta, exact["failed"])
+        times, known = (
+            ({}, None)
+            if why_no_times
+            else _compare_times(bench, sound, chosen.max_pairs, options, delta, exact["failed"])
+        )
     return {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -123,6 +128,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {"device": options.device, "seed": options.seed, "suite": options.suite, "delta": delta},
         "machine": taken_on,
         **exact,
+        "canaries": known,
         "times": times,
         "why_no_times": why_no_times,
         "seconds": time.perf_counter() - started,
@@ -130,7 +136,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def exit_code(report: Mapping[str, Any]) -> int:
-    """3 where a result is wrong or a verdict INVALID, 1 where anything regressed, 4 where a case failed, else 0."""
+    """3 where a result is wrong or a verdict INVALID, as all are where a canary is amiss; 1 where anything regressed, 4
+    where a case failed, else 0: INCONCLUSIVE is no failure."""
     verdicts = {one["judgement"]["verdict"] for one in report["times"].values()}
     verdicts |= {change["verdict"] for change in report["changes"]}
     if "INVALID" in verdicts or not all(one["right"] for one in report["results"].values()):
@@ -382,14 +389,17 @@ def _compare_times(
     options: argparse.Namespace,
     delta: float,
     failed: dict[str, str],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Every case until it is decided, or after the last look; those that fail on the way go into `failed`.
 
-    The level is split among the looks, so that looking early costs no false alarm.
+    The level is split among the looks, so that looking early costs no false alarm. The canaries go along in every pair
+    of processes; there are none where too few pairs were made to judge anything.
     """
     level = 1 - (1 - LEVEL) / len(options.processes)
     order = np.random.default_rng(options.seed)
     log_ratios: dict[str, list[float]] = {one.name: [] for one in work}
+    canaries: dict[str, list[float]] = {name: [] for name in canary.PROCESSES}
+    canary_s = 0.0
     judged: dict[str, Judgement] = {}
     undecided = list(work)
     for number in range(1, options.processes[-1] + 1):
@@ -399,6 +409,10 @@ def _compare_times(
             with bench.pair(SIDES[:: 1 if number % 2 else -1]) as pair:  # each is as often the first to start
                 for process in pair.values():
                     process.ask("settle", _core(number))
+                started = time.perf_counter()
+                for name, log_ratio in _canary_log_ratios(pair, order).items():
+                    canaries[name].append(log_ratio)
+                canary_s += time.perf_counter() - started
                 for one in undecided:
                     _say(f"process pair {number} of {options.processes[-1]} at most: {one.name}")
                     log_ratios[one.name].append(_log_ratio(pair, one, block_pairs, order))
@@ -411,9 +425,19 @@ def _compare_times(
                     log_ratios[one.name], level=level, delta=delta, margin=MARGIN * delta
                 )
             undecided = [one for one in undecided if judged[one.name].verdict == "INCONCLUSIVE"]
-    return {
+    times = {
         name: {"judgement": asdict(judgement), "log_ratios": log_ratios[name]} for name, judgement in judged.items()
     }
+    if not judged:
+        return times, None
+    known = canary.judged_processes(canaries, delta=delta, margin=MARGIN * delta)
+    return _distrusted(times, known["doubt"]), {**known, "seconds": canary_s}
+
+
+def _distrusted(times: Mapping[str, Any], doubt: str) -> dict[str, Any]:
+    """The times, none of which has a verdict but INVALID where a canary is amiss."""
+    amiss = {"verdict": "INVALID", "reason": f"no time of this run is to be believed: {doubt}"} if doubt else {}
+    return {name: {**one, "judgement": {**one["judgement"], **amiss}} for name, one in times.items()}
 
 
 def _core(number: int) -> int | None:
@@ -438,6 +462,19 @@ def _log_ratio(pair: Mapping[str, Process], work: Work, block_pairs: int, order:
     return math.log(ratio(times["head"], times["base"], LEVEL).value)
 
 
+def _canary_log_ratios(pair: Mapping[str, Process], order: np.random.Generator) -> dict[str, float]:
+    """One process pair's number for each canary: work that is none of the revisions', clocked as theirs is."""
+    warm_s = max(min(process.ask("canary", 10) for _ in range(2)) for process in pair.values())
+    tens = max(1, math.ceil(BLOCK_S / warm_s))
+    arms = {"base": ("base", 10 * tens), "a_a": ("head", 10 * tens), "slower_10_percent": ("head", 11 * tens)}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(CANARY_ROUNDS):
+        for name in order.permutation(list(arms)):
+            side, rows = arms[name]
+            times[name].append(pair[side].ask("canary", rows))
+    return {name: math.log(ratio(times[name], times["base"], LEVEL).value) for name in canary.PROCESSES}
+
+
 def _say(what: str) -> None:
     sys.stderr.write(f"{what}\n")
 
@@ -456,6 +493,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"- INVALID: {name} {reason}" for name, reason in wrong.items()]
+    known = report["canaries"]
+    if known and known["doubt"]:
+        lines += [f"- INVALID: no time of this run is to be believed: {known['doubt']}"]
     lines += [f"- not measured: {name}: {reason}" for name, reason in report["failed"].items()]
     if report["changes"]:
         lines += ["", "| figure | base | head | verdict |", "| --- | ---: | ---: | --- |"]
@@ -468,7 +508,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["times"]:
         lines += ["", "| time | change | interval | process pairs | verdict |", "| --- | ---: | --- | ---: | --- |"]
         lines += [_time_line(name, one["judgement"]) for name, one in report["times"].items()]
+        if known:
+            lines += [
+                _time_line(f"canary: {what}", known[name]["judgement"]) for name, what in canary.PROCESSES.items()
+            ]
         lines += ["", f"A slowdown counts from {report['settings']['delta']:.0%}."]
+        if known:
+            share = known["seconds"] / report["seconds"]
+            lines += [f"Canaries, whose outcome is known, took {known['seconds']:.0f} s, {share:.0%} of the run."]
     elif report["why_no_times"]:
         lines += ["", f"No times: {report['why_no_times']}."]
     return "\n".join(lines) + "\n"

@@ -67,6 +67,11 @@ def plain_name(text: str) -> str:
     return text
 
 
+def model_name(model: Path | None) -> str:
+    """What reports call the pipeline of `pipeline(model, ...)`."""
+    return "fastdiff.models.digits" if model is None else model.name
+
+
 def pipeline(model: Path | None, device: str) -> tuple[Any, str]:
     """The pipeline saved in a folder (digits if None) on a device, its progress bars off; and its name."""
     from diffusers.utils import logging as diffusers_logging
@@ -78,7 +83,7 @@ def pipeline(model: Path | None, device: str) -> tuple[Any, str]:
     if model is None:
         from fastdiff.models import digits
 
-        pipe, name = digits(), "fastdiff.models.digits"
+        pipe = digits()
     else:
         from diffusers import DiffusionPipeline
 
@@ -86,6 +91,5 @@ def pipeline(model: Path | None, device: str) -> tuple[Any, str]:
             pipe = DiffusionPipeline.from_pretrained(model, local_files_only=True, low_cpu_mem_usage=False)
         except Exception as error:  # a folder can be wrong in as many ways as diffusers has exceptions
             refuse(f"{model} is not a saved diffusers pipeline: {str(error).splitlines()[0]}")
-        name = model.name
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device), name
+    return pipe.to(device), model_name(model)

@@ -1,7 +1,8 @@
 """Two comparisons whose outcome is known, in every run: the same work twice, and a tenth more of it.
 
 If the run's own clock finds a change in the first or misses that of the second, no other time of the run is to be
-believed. The work is real: rows of the step around a null model, on slots and a step that each arm builds anew.
+believed. The work is real: rows of the step around a null model, on slots and a step that each arm builds anew; between
+two revisions, whose steps may differ on purpose, a row's worth of torch operations in the process of either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastdiff.bench.arms import Workbench
 from fastdiff.bench.measure import Block, Sample
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.stats import pairs_needed
-from fastdiff.bench.verdict import judge
+from fastdiff.bench.verdict import judge, judge_processes
 from fastdiff.capture import Steps
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
@@ -27,6 +28,8 @@ from fastdiff.state import RequestState
 BLOCK_S = 0.02  # long enough for a clock, and for a GPU to keep its own
 BASE, SAME, SLOWER = "base", "the same", "a tenth more"
 COMPARISONS = ((BASE, SAME), (BASE, SLOWER))
+PROCESSES = {"a_a": "the same work in both", "slower_10_percent": "a tenth more work in the head"}
+"""What `ab` has its pairs of processes do."""
 
 
 def blocks(bench: Workbench) -> dict[str, Block]:
@@ -49,6 +52,23 @@ def judged(total_s: Mapping[str, Sequence[float]], level: float) -> dict[str, An
         "a_a": asdict(same), "slower_10_percent": asdict(slower), "doubt": "; ".join(amiss),
         "total_s": {name: list(times) for name, times in total_s.items()},
     }  # fmt: skip
+
+
+def judged_processes(log_ratios: Mapping[str, Sequence[float]], *, delta: float, margin: float) -> dict[str, Any]:
+    """The same of a comparison in pairs of processes, from ln(head / base) of each pair by canary.
+
+    Too noisy a canary is none that failed: a machine where it is INCONCLUSIVE leaves its cases INCONCLUSIVE too.
+    """
+    found = {name: judge_processes(values, delta=delta, margin=margin) for name, values in log_ratios.items()}
+    amiss = [
+        f"{PROCESSES[name]} was judged {one.verdict}"
+        for name, one in found.items()
+        if one.verdict not in (("NO-CHANGE" if name == "a_a" else "REGRESSION"), "INCONCLUSIVE")
+    ]
+    return {
+        "doubt": "; ".join(amiss),
+        **{name: {"judgement": asdict(one), "log_ratios": list(log_ratios[name])} for name, one in found.items()},
+    }
 
 
 def _steps(bench: Workbench) -> Steps:

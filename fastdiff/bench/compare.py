@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastdiff.bench import gates, schema
 from fastdiff.bench.arguments import refuse
@@ -47,11 +47,14 @@ class Comparison:
     doubt: str  # of either report's canaries
 
     def exit_code(self, fail_on_time: bool) -> int:
-        """3 where head is wrong or nothing can be compared, 1 where anything gated got worse, else 0."""
+        """3 where head is wrong or nothing can be compared, 1 where anything gated got worse, 4 where head could not
+        measure what gates, else 0."""
         if self.wrong or (self.no_times and (self.no_figures or fail_on_time)) or (self.doubt and fail_on_time):
             return 3
         slower = bool(self.missing) or any(time.hint == "slower" for time in self.times)
-        return int(any(change.verdict == "REGRESSION" for change in self.changes) or (fail_on_time and slower))
+        if any(change.verdict == "REGRESSION" for change in self.changes) or (fail_on_time and slower):
+            return 1
+        return 4 if any(change.verdict == "not measured" and change.head is None for change in self.changes) else 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +100,10 @@ def markdown(compared: Comparison, base: str, head: str) -> str:
         lines += [
             f"| {one.name} | {_number(one.base)} | {_number(one.head)} | {one.verdict} |" for one in compared.changes
         ]
-    same = f"{len(compared.changes)} changed" if compared.changes else "all the same"
+    unmeasured = sum(change.verdict == "not measured" for change in compared.changes)
+    changed = len(compared.changes) - unmeasured
+    same = f"{changed} changed" if changed else "none changed" if unmeasured else "all the same"
+    same += f", {unmeasured} not measured" if unmeasured else ""
     lines += ["", f"Exact figures: {f'incomparable, {compared.no_figures}' if compared.no_figures else same}."]
     apart = [time for time in compared.times if time.hint != "cannot tell"]
     if apart:
@@ -128,7 +134,7 @@ def _number(figure: int | None) -> str:
 def _headline(compared: Comparison) -> str:
     verdicts = [change.verdict for change in compared.changes]
     counted = [(len(compared.wrong), "INVALID")]
-    counted += [(verdicts.count(verdict), verdict) for verdict in ("REGRESSION", "IMPROVEMENT", "new")]
+    counted += [(verdicts.count(verdict), verdict) for verdict in get_args(gates.Verdict)]
     hints = [time.hint for time in compared.times]
     counted += [(hints.count(hint), f"{hint} (unpaired)") for hint in ("slower", "faster")]
     if compared.no_figures and compared.no_times:

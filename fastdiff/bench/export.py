@@ -79,10 +79,17 @@ def junit(report: Report) -> str:
         node = _testcase(suite, "figures", change["name"])
         if change["verdict"] == "REGRESSION":
             _outcome(node, "failure", "REGRESSION", f"{change['base']} -> {change['head']}")
-    if outcome.canaries(report):
+        elif change["verdict"] == "not measured":
+            _outcome(node, "skipped", "not measured", f"{change['base']} -> {change['head']}")
+    for sampler in outcome.not_finite(report):
+        _outcome(_testcase(suite, "errors", sampler), "failure", "INVALID", "infinities or NaN against float64")
+    without = outcome.unvouched(report)
+    if outcome.canaries(report) or without:
         node = _testcase(suite, "instrument", "canaries")
         if doubt := outcome.distrust(report):
             _outcome(node, "failure", "INVALID", doubt)
+        elif without:
+            _outcome(node, "skipped", "unvouched", without)
     for kind, plural in (("failure", "failures"), ("skipped", "skipped")):
         suite.set(plural, str(len(suite.findall(f"testcase/{kind}"))))
     suite.set("tests", str(len(suite.findall("testcase"))))

@@ -10,25 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-import fastdiff
 from fastdiff.bench import suite
 from fastdiff.bench.arms import Workbench, requests_of
-from fastdiff.bench.rows import null_model
-from fastdiff.bench.suite import CountCase
-from fastdiff.bench.vram import CountingDevice, live_tensors, storage_bytes, vram_peak
+from fastdiff.bench.rows import RowBench, count_steps, count_tables
+from fastdiff.bench.suite import CountCase, RowCase
+from fastdiff.bench.vram import live_tensors, storage_bytes, vram_peak
 from fastdiff.capture import own_code, step_function
-from fastdiff.denoiser import Denoiser
-from fastdiff.noise import normal, seeded
 from fastdiff.plan import CapturePlan, shipped
 from fastdiff.request import Request
 from fastdiff.runtime import Runtime
 from fastdiff.slots import Slots
-from fastdiff.state import RequestState
-from fastdiff.step import denoise_step
 
 BASELINES = Path("reports", "baselines")
 BYTES_TOLERANCE = 0.01  # an allocator rounds, a library changes its workspace
@@ -36,20 +31,23 @@ ROWS = 4  # by then a multistep sampler is at its full order
 BATCHES = (1, 8)
 TRIES = 3  # at a trace of kernels, which now and then loses some
 
-Figure = tuple[str, int]
+Verdict = Literal["REGRESSION", "not measured", "IMPROVEMENT", "new"]
+Value = int | None
+"""None: it could not be measured in this run."""
+Figure = tuple[str, Value]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that is not what the baseline has; None where one of them has none."""
+    """A figure that is not what the baseline has; None where one of them has none, or could not measure it."""
 
     name: str
-    base: int | None
-    head: int | None
-    verdict: Literal["REGRESSION", "IMPROVEMENT", "new"]
+    base: Value
+    head: Value
+    verdict: Verdict
 
 
-def figures(bench: Workbench) -> dict[str, int]:
+def figures(bench: Workbench) -> dict[str, Value]:
     """Every figure of the step and of the workbench's model, by name: less is better."""
     with torch.no_grad():
         return dict(
@@ -70,7 +68,7 @@ def key(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", f"{versions}-{kind}".lower())
 
 
-def baseline(key: str) -> dict[str, int] | None:
+def baseline(key: str) -> dict[str, Value] | None:
     """The committed figures of the working directory's reports/; None, incomparable, where there are none of `key`."""
     path = BASELINES / f"{key}.json"
     if not path.is_file():
@@ -79,12 +77,12 @@ def baseline(key: str) -> dict[str, int] | None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected figures by name as JSON, got {error}; write the baseline anew") from None
-    if not isinstance(known, dict) or not all(isinstance(value, int) for value in known.values()):
+    if not isinstance(known, dict) or not all(isinstance(value, Value) for value in known.values()):
         raise ValueError(f"{path}: expected figures by name as JSON, got something else; write the baseline anew")
     return known
 
 
-def save(key: str, figures: Mapping[str, int]) -> Path:
+def save(key: str, figures: Mapping[str, Value]) -> Path:
     """Make `figures` the baseline of `key`."""
     path = BASELINES / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,18 +90,24 @@ def save(key: str, figures: Mapping[str, int]) -> Path:
     return path
 
 
-def compare(figures: Mapping[str, int], baseline: Mapping[str, int]) -> list[Change]:
-    """What changed, regressions first. A figure that the run no longer has is one: nobody watches it any more."""
+def compare(figures: Mapping[str, Value], baseline: Mapping[str, Value]) -> list[Change]:
+    """What changed, regressions first.
+
+    A figure that the run no longer has is one: nobody watches it any more. One that a side has but could not measure is
+    neither a change nor none.
+    """
     changes = []
     for name in {**baseline, **figures}:
         base, head = baseline.get(name), figures.get(name)
-        if base is None:
+        if (name in figures and head is None) or (name in baseline and base is None):
+            changes.append(Change(name, base, head, "not measured"))
+        elif base is None:
             changes.append(Change(name, None, head, "new"))
         elif head is None:
             changes.append(Change(name, base, None, "REGRESSION"))
         elif abs(head - base) > (BYTES_TOLERANCE * base if "bytes" in name else 0):
             changes.append(Change(name, base, head, "REGRESSION" if head > base else "IMPROVEMENT"))
-    return sorted(changes, key=lambda change: ("REGRESSION", "IMPROVEMENT", "new").index(change.verdict))
+    return sorted(changes, key=lambda change: get_args(Verdict).index(change.verdict))
 
 
 # On any machine
@@ -111,18 +115,14 @@ def compare(figures: Mapping[str, int], baseline: Mapping[str, int]) -> list[Cha
 
 def _sampler_rows(bench: Workbench, case: CountCase) -> Iterator[Figure]:
     """The step around a null model, for each of the suite's mixes."""
+    rows = RowBench(bench, seed=0)
     for mix in case.mixes:
         samplers = mix[0] if len(mix) == 1 else "mixed"
         for n in case.batches:
-            plan = CapturePlan(latent_shape=case.latent_shape, dtype=torch.float32, batch_sizes=(n,))
-            slots = Slots(plan, "cpu")
-            for slot in range(n):
-                table = fastdiff.tabulate(bench.template(mix[slot % len(mix)]), ROWS)
-                latents = table.init(normal(seeded(slot), case.latent_shape, torch.float32, slots.device))
-                slots.load(slot, RequestState(request=None, table=table, latents=latents))
-            operations, syncs, _ = _count_row(null_model, slots, n)
-            yield f"ops per row: {samplers}, batch {n}", operations
-            yield f"host syncs per row: {samplers}, batch {n}", syncs
+            one = RowCase(name="count", samplers=mix, latent_shape=case.latent_shape, batch=n, steps=ROWS)
+            counted = count_tables(rows, one)
+            yield f"ops per row: {samplers}, batch {n}", max(counted.operations)
+            yield f"host syncs per row: {samplers}, batch {n}", max(counted.syncs)
 
 
 def _emulated_rows(bench: Workbench) -> Iterator[Figure]:
@@ -132,23 +132,10 @@ def _emulated_rows(bench: Workbench) -> Iterator[Figure]:
         slots = Slots(runtime.plan, "cpu")
         for slot, request in enumerate(_requests(bench)[:n]):
             slots.load(slot, runtime.prepare(request))
-        operations, syncs, peak_bytes = _count_row(bench.family.denoiser, slots, n)
-        yield f"ops per row: model, batch {n}", operations
-        yield f"host syncs per row: model, batch {n}", syncs
-        yield f"peak bytes of a row: model, batch {n}", peak_bytes - storage_bytes(slots.tensors())
-
-
-def _count_row(denoiser: Denoiser, slots: Slots, n: int) -> tuple[int, int, int]:
-    """The most operations, syncs and bytes of any of ROWS rows."""
-    device, counted = CountingDevice(), []
-    batch = device.put(slots.batch(n))
-    with device:
-        for _ in range(ROWS):
-            device.operations = device.syncs = 0
-            denoise_step(denoiser, batch)
-            counted.append((device.operations, device.syncs))
-    operations, syncs = map(max, zip(*counted, strict=True))
-    return operations, syncs, device.peak_bytes
+        counted = count_steps(bench.family.denoiser, slots, n, ROWS)
+        yield f"ops per row: model, batch {n}", max(counted.operations)
+        yield f"host syncs per row: model, batch {n}", max(counted.syncs)
+        yield f"peak bytes of a row: model, batch {n}", counted.peak_bytes - storage_bytes(slots.tensors())
 
 
 def _compilation(bench: Workbench) -> Iterator[Figure]:
@@ -222,8 +209,7 @@ def _rows_on_cuda(bench: Workbench) -> Iterator[Figure]:
         yield f"peak bytes of a row: model, batch {n}", peak_bytes - allocated
         for name, runtime in (("launches per row", eager), ("graph nodes", graphed)):
             launches = (runtime.profile(n).launches for _ in range(TRIES))
-            if seen := next(filter(None, launches), None):
-                yield f"{name}: model, batch {n}", seen
+            yield f"{name}: model, batch {n}", next(filter(None, launches), None)
     graphed.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -24,10 +25,9 @@ from fastdiff.bench import gpu_cells, machine
 from fastdiff.bench.arguments import device, refuse
 from fastdiff.bench.gpu_cells import Settings, Unsupported
 from fastdiff.bench.gpu_report import markdown, outcomes
+from fastdiff.bench.gpu_suite import TIERS
 from fastdiff.bench.journal import commit
 
-BUDGET_S = 480.0
-NULL_BATCHES = (1, 4, 8)
 MEASURED = ("ok", "unsupported")
 
 Record = dict[str, Any]
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="journal and report; what its journal has is not measured again (default: reports/runs/gpu)",
     )  # fmt: skip
     parser.add_argument(
-        "--budget-s", type=_seconds, default=BUDGET_S, metavar="N",
-        help=f"seconds after which the run is cut and reported (default: {BUDGET_S:g})",
+        "--budget-s", type=_seconds, metavar="N",
+        help="seconds after which the run is cut and reported (default: what bench/gpu.toml says)",
     )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="toy geometries, few samples: whether everything runs")
     parser.add_argument("--device", type=device, default="cuda", help="cpu, cuda or cuda:N (default: cuda)")
@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cell is not None:
-        cells = [cell for cell in cells_of("ABC", settings) if cell.name == options.cell]
+        cells = [cell for cell in cells_of(TIERS, settings) if cell.name == options.cell]
         if not cells:
             refuse(f"--cell: expected a name that --list --tier ABC shows, got {options.cell!r}")
         if settings.on_cuda:
@@ -93,7 +93,7 @@ def main(options: argparse.Namespace) -> int:
         apart = partial(measure_apart, options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))  # a cut like any other: the cell is killed, all reported
     try:
-        run(cells, journal, options.budget_s, apart)
+        run(cells, journal, options.budget_s or settings.suite.budget_s, apart)
     finally:
         report = markdown(journal.read())
         (options.out / "report.md").write_text(report, encoding="utf-8")
@@ -103,21 +103,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def cells_of(tiers: str, settings: Settings) -> list[Cell]:
-    """The cells of these tiers, in order of what they are worth; every geometry's cheapest batch first."""
-    geometries = ("sd15-512", "dit-xl-256")
-    rows, autotune = partial(gpu_cells.geometry_rows, settings), "max-autotune-no-cudagraphs"
-    every = [
-        Cell("A", "CUDA tests", partial(gpu_cells.cuda_tests, settings)),
-        Cell("A", "ceilings", partial(gpu_cells.ceilings, settings)),
-        *(Cell("A", f"null model x {n}", partial(gpu_cells.null_rows, settings, n)) for n in NULL_BATCHES),
-        *(Cell("A", f"{name} x {n}", partial(rows, name, n)) for n in (1, 8) for name in geometries),
-        *(Cell("B", f"graphs of {name}", partial(gpu_cells.graph_memory, settings, name)) for name in geometries),
-        Cell("B", "schedulers by ownership", partial(gpu_cells.ownership_memory, settings)),
-        *(Cell("B", f"{name} x 1", partial(rows, name, 1)) for name in ("sdxl-1024", "flux-dev-1024")),
-        *(Cell("C", f"{name} x 1, {autotune}", partial(rows, name, 1, autotune)) for name in geometries),
-        *(Cell("C", f"start of {name}", partial(gpu_cells.starts, settings, name)) for name in geometries),
+    """The cells of these tiers, in the suite's order."""
+    return [
+        Cell(case.tier, case.name, partial(gpu_cells.MEASURES[case.measure], settings, case))
+        for case in settings.suite.cell
+        if case.tier in tiers
     ]
-    return [cell for cell in every if cell.tier in tiers]
 
 
 class Journal:
@@ -149,7 +140,7 @@ class Journal:
 def run(
     cells: Sequence[Cell],
     journal: Journal,
-    budget_s: float = BUDGET_S,
+    budget_s: float = math.inf,
     apart: Callable[[Cell, Journal, float], None] | None = None,
 ) -> None:
     """Measure every cell of which the journal has no good end, until the budget is spent; here, or `apart`."""
@@ -214,7 +205,7 @@ def _end(journal: Journal, cell: Cell, status: str, reason: str | None, seconds:
 
 
 def _tiers(text: str) -> str:
-    if not re.fullmatch("[ABC]+", text):
+    if not re.fullmatch(f"[{TIERS}]+", text):
         raise argparse.ArgumentTypeError(f"expected A, B, C or several of them, got {text!r}")
     return text
 

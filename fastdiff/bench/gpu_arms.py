@@ -197,7 +197,7 @@ class ModelAlone:
         graphs = StepGraphs(self._inputs.sample.device, unroll=1)
         graphs.capture(n, self._call)
         self._replay = partial(graphs.replay, n)
-        return graphs.built[n]
+        return graphs.built[0, n]
 
     def start(self) -> None:
         """Nothing: the inputs are there."""

@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from fastdiff.bench import gpu_suite
 from fastdiff.bench.arms import (
     cloned_deepcopy,
     cloned_shallow,
@@ -31,8 +32,11 @@ from fastdiff.bench.arms import (
     shared,
 )
 from fastdiff.bench.gpu_arms import Arm, DiffusersRows, Entry, Model, ModelAlone, SlotRows, Work, measure_rows, observe
+from fastdiff.bench.gpu_suite import TREES, CellCase, GpuSuite
 from fastdiff.bench.measure import StopRule
 from fastdiff.bench.rows import null_model
+from fastdiff.bench.suite import MemoryCase
+from fastdiff.bench.vram import device_bytes
 from fastdiff.capture import Built, Regions, StepGraphs, Steps, compiled, step_function
 from fastdiff.denoiser import Denoiser
 from fastdiff.models.geometries import Geometry, Inputs, geometry
@@ -44,18 +48,8 @@ from fastdiff.stages import scheduler_class
 from fastdiff.state import RequestState
 from fastdiff.step import denoise_step
 
-NULL_SAMPLERS = ("Euler", "DPMSolverMultistep", "UniPCMultistep", "FlowMatchEuler")
-NULL_TOLERANCE = 1e-4  # float32, against diffusers in float32
-TOLERANCE = 0.08  # bfloat16: rounding alone makes 0.01 to 0.03 of Work.error on the CPU
-GUIDANCE = 2.0  # a higher scale multiplies rounding: 6 makes 0.07 of SD 1.5's, and costs the same
-UNROLL = 8  # rows in a loop graph
-STEPS = 8  # of a geometry's requests: one loop graph, as few-step models run
-TESTS_LIMIT_S = 150.0
 NEEDS_CUDA = "needs CUDA"
 CUDA_ARMS = ("tensorized/compiled", "tensorized/step-graph", "tensorized/loop-graph")
-TREES = {"default": "reduce-overhead", "max-autotune-no-cudagraphs": "max-autotune"}
-"""torch.compile's mode that captures graphs by itself, beside each of ours that does not."""
-SHAPES = {"SD 1.5, 512 x 512": (4, 64, 64), "SDXL, 1024 x 1024": (4, 128, 128), "Flux, 1024 x 1024": (4096, 64)}
 
 
 class Unsupported(Exception):
@@ -67,7 +61,7 @@ class Settings:
     """What all cells share."""
 
     device: torch.device
-    tiny: bool  # toy geometries and few samples: whether it runs, not how fast
+    tiny: bool  # whether it runs, not how fast: see GpuSuite.tiny
     out: Path
 
     @property
@@ -75,12 +69,17 @@ class Settings:
         """Whether there is anything to measure."""
         return self.device.type == "cuda"
 
+    @cached_property
+    def suite(self) -> GpuSuite:
+        """What there is to measure."""
+        suite = gpu_suite.load()
+        return suite.tiny() if self.tiny else suite
+
     @property
     def rule(self) -> StopRule:
         """When an arm has been timed often enough."""
-        if self.tiny:
-            return StopRule(level=0.5, half_width=1.0, max_pairs=2, max_s=0.0)
-        return StopRule(level=0.99, half_width=0.005, max_pairs=24, max_s=4.0)
+        own = self.suite
+        return StopRule(level=own.level, half_width=own.half_width, max_pairs=own.max_pairs, max_s=own.max_s)
 
     def require_cuda(self) -> None:
         """Raise Unsupported on any other device."""
@@ -88,7 +87,7 @@ class Settings:
             raise Unsupported(NEEDS_CUDA)
 
 
-def cuda_tests(settings: Settings) -> Iterator[Entry]:
+def cuda_tests(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """The tests that are marked `cuda`, in a process of their own."""
     settings.require_cuda()
     root = Path(fastdiff.__file__).parents[1]
@@ -105,7 +104,7 @@ def cuda_tests(settings: Settings) -> Iterator[Entry]:
     with log.open("w", encoding="utf-8") as output, suppress(subprocess.TimeoutExpired):  # which no code says
         code = subprocess.run(
             command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False,
-            timeout=TESTS_LIMIT_S,
+            timeout=case.max_s,
         ).returncode  # fmt: skip
     seconds, said = time.perf_counter() - started, log.read_text(encoding="utf-8")
     counts = read_junit(results.read_text(encoding="utf-8")) if results.exists() else read_log(said)
@@ -140,7 +139,7 @@ def read_log(text: str) -> Entry:
     }
 
 
-def ceilings(settings: Settings) -> Iterator[Entry]:
+def ceilings(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """What this very card sustains on random data: the rates that floors assume can be checked against it."""
     settings.require_cuda()
     side, numbers = (512, 2**20) if settings.tiny else (8192, 2**31)
@@ -174,11 +173,11 @@ def _event_seconds(work: Callable[[], object]) -> list[float]:
 # Rows
 
 
-def null_rows(settings: Settings, n: int) -> Iterator[Entry]:
+def null_rows(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """The sampler alone, by ownership and mode: the model gives back what it gets."""
-    shape = (4, 8, 8) if settings.tiny else SHAPES["SD 1.5, 512 x 512"]
-    steps = STEPS if settings.tiny else 6 * STEPS
-    plan = CapturePlan(latent_shape=shape, dtype=torch.float32, batch_sizes=(n,), unroll=UNROLL)
+    own, n = settings.suite.null_model, _batch(case)
+    shape, unroll = own.latent_shape, settings.suite.unroll
+    plan = CapturePlan(latent_shape=shape, dtype=torch.float32, batch_sizes=(n,), unroll=unroll)
     ready = _Ready(settings, null_model, plan, model=None)
     if settings.on_cuda:
         yield from ready.build()
@@ -186,11 +185,11 @@ def null_rows(settings: Settings, n: int) -> Iterator[Entry]:
     generator = torch.Generator(settings.device).manual_seed(0)
     first = torch.randn(n, *shape, generator=generator, device=settings.device)
     inputs = Inputs(first, torch.ones(n), {}, torch.ones(n))
-    mixes = [(sampler,) * n for sampler in NULL_SAMPLERS]
+    mixes = [(sampler,) * n for sampler in own.samplers]
     if n > 1:
-        mixes.append(tuple(NULL_SAMPLERS[index % len(NULL_SAMPLERS)] for index in range(n)))
+        mixes.append(tuple(own.samplers[index % len(own.samplers)] for index in range(n)))
     for samplers in mixes:
-        work, alike = Work(samplers, steps, inputs, NULL_TOLERANCE), len(set(samplers)) == 1
+        work, alike = Work(samplers, own.steps, inputs, own.tolerance), len(set(samplers)) == 1
         deepcopy = DiffusersRows("cloned-deepcopy", work, cloned_deepcopy, None)
         work.settle(deepcopy)
         arms: list[Arm] = [deepcopy, DiffusersRows("cloned-shallow", work, cloned_shallow, None), *ready.arms(work)]
@@ -199,9 +198,9 @@ def null_rows(settings: Settings, n: int) -> Iterator[Entry]:
         unsupported = {} if alike else {"shared": "one scheduler cannot be several samplers"}
         if not settings.on_cuda:
             unsupported |= dict.fromkeys(CUDA_ARMS, NEEDS_CUDA)
-        names = [arm.name for arm in arms]
-        pairs = [("cloned-deepcopy", name) for name in names if name != "cloned-deepcopy"]
-        rows = measure_rows(arms, work, pairs, settings.rule, unsupported)
+        arms = [arm for arm in arms if arm.name in own.arms]
+        pairs = [("cloned-deepcopy", arm.name) for arm in arms if arm.name != "cloned-deepcopy"]
+        rows = measure_rows(arms, work, pairs, settings.rule, _listed(unsupported, own.arms))
         yield {"model": "null model", **rows}
         timed.append((arms, work, rows))
     yield ready.profile([])
@@ -209,27 +208,15 @@ def null_rows(settings: Settings, n: int) -> Iterator[Entry]:
         yield from (observe(*one) for one in timed)
 
 
-SAMPLERS = {"flux-dev-1024": "FlowMatchEuler"}
-"""Of a geometry's requests, where it is not DPM++ 2M."""
-PAIRS = [
-    ("cloned-deepcopy/eager", "cloned-deepcopy/compiled"),
-    ("cloned-deepcopy/eager", "tensorized/eager"),
-    ("cloned-deepcopy/compiled", "tensorized/compiled"),
-    ("tensorized/compiled", "tensorized/step-graph"),
-    ("tensorized/step-graph", "tensorized/loop-graph"),
-    ("cloned-deepcopy/compiled", "tensorized/step-graph"),
-    ("cloned-deepcopy/eager", "tensorized/step-graph"),
-    ("model/graph", "tensorized/step-graph"),
-]
-"""Base and arm: what each change of mode or ownership is worth, then what all of them are."""
-
-
-def geometry_rows(settings: Settings, name: str, n: int, how: Compile = "default") -> Iterator[Entry]:
+def geometry_rows(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """A geometry's rows as diffusers, torch.compile and fastdiff run them, and what each took to make ready."""
-    own = geometry(f"tiny-{name}" if settings.tiny else name, settings.device, torch.bfloat16)
-    ready = _Ready(settings, own.denoiser, replace(own.plan, batch_sizes=(n,), unroll=UNROLL, compile=how), own.model)
-    inputs = own.inputs(n)._replace(guidance=torch.full((n,), GUIDANCE, device=settings.device))
-    work = Work((SAMPLERS.get(name, "DPMSolverMultistep"),) * n, STEPS, inputs, TOLERANCE)
+    suite, n, how = settings.suite, _batch(case), case.compile or "default"
+    own = _geometry(settings, case)
+    plan = replace(own.plan, batch_sizes=(n,), unroll=suite.unroll, compile=how)
+    ready = _Ready(settings, own.denoiser, plan, own.model)
+    inputs = own.inputs(n)._replace(guidance=torch.full((n,), suite.rows.guidance, device=settings.device))
+    samplers = (case.sampler or "DPMSolverMultistep",) * n
+    work = Work(samplers, suite.rows.steps, inputs, suite.rows.tolerance)
     eager = DiffusersRows("cloned-deepcopy/eager", work, cloned_deepcopy, own.denoiser)
     work.settle(eager)
     trees, arms = f"cloned-deepcopy/{TREES[how]}", list[Arm]([eager])
@@ -246,23 +233,39 @@ def geometry_rows(settings: Settings, name: str, n: int, how: Compile = "default
         alone = ModelAlone(model, own.denoiser, work.inputs)
         yield _built(alone.name, alone.capture(n))
         arms += [DiffusersRows("cloned-deepcopy/compiled", work, cloned_deepcopy, model), alone]
-    arms += ready.arms(work)
+    arms = [arm for arm in (*arms, *ready.arms(work)) if arm.name in suite.rows.arms]
     title = {"model": own.name, "compile": how}
-    rows = title | measure_rows(arms, work, PAIRS, settings.rule, unsupported)
+    refused = _listed(unsupported, suite.rows.arms)
+    rows = title | measure_rows(arms, work, suite.rows.compare, settings.rule, refused)
     yield rows
     timed = [(arms, work, rows)]
-    if settings.on_cuda and trees not in unsupported:
+    if settings.on_cuda and trees in suite.rows.arms and trees not in unsupported:
         marked = _with_trees(own.denoiser, TREES[how])
         yield _built(trees, Built(compile_s=_first_call(lambda: marked(*work.inputs))))
         by_itself = DiffusersRows(trees, work, cloned_deepcopy, marked)
         arms = [eager, by_itself, *(arm for arm in arms if arm.name == "tensorized/step-graph")]
-        pairs = [("cloned-deepcopy/eager", trees), (trees, "tensorized/step-graph")]
+        pairs = [pair for pair in suite.rows.compare if trees in pair]
         rows = title | measure_rows(arms, work, pairs, settings.rule)
         yield rows
         timed.append(([by_itself], work, rows))
     yield ready.profile([*own.model.parameters(), *own.model.buffers()])
     if settings.on_cuda:
         yield from (observe(*one) for one in timed)
+
+
+def _geometry(settings: Settings, case: CellCase) -> Geometry:
+    assert case.geometry is not None  # CellCase asks for it wherever it is needed
+    return geometry(case.geometry, settings.device, torch.bfloat16)
+
+
+def _batch(case: CellCase) -> int:
+    assert case.batch is not None  # CellCase asks for it wherever it is needed
+    return case.batch
+
+
+def _listed(unsupported: Mapping[str, str], arms: Sequence[str]) -> dict[str, str]:
+    """Of the arms that cannot run, those that the suite asks for."""
+    return {name: reason for name, reason in unsupported.items() if name in arms}
 
 
 class _Ready:
@@ -289,7 +292,7 @@ class _Ready:
         }
 
     def build(self) -> Iterator[Entry]:
-        """Compile, then capture one row and `UNROLL` rows of the compiled step."""
+        """Compile, then capture one row and the plan's `unroll` rows of the compiled step."""
         slots = Slots(self._plan, self._settings.device, planar=True)
         steps = Steps(self._denoiser, slots, "compiled", self._model)
         step = partial(steps, self._n)
@@ -301,7 +304,7 @@ class _Ready:
                 continue
             graphs = StepGraphs(self._settings.device, unroll)
             graphs.capture(self._n, step)
-            yield _built(name, graphs.built[self._n])
+            yield _built(name, graphs.built[0, self._n])
             self._modes[name] = slots, partial(graphs.replay, self._n), unroll
 
     def arms(self, work: Work) -> list[SlotRows]:
@@ -358,11 +361,11 @@ def _with_trees(denoiser: Denoiser, mode: str) -> Model:
 # Bytes
 
 
-def graph_memory(settings: Settings, name: str) -> Iterator[Entry]:
+def graph_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """VRAM from load to release, and what each batch size's graph adds. Eager kernels: compiling them takes minutes."""
     settings.require_cuda()
     yield _phase(settings, "nothing")
-    own = geometry(f"tiny-{name}" if settings.tiny else name, settings.device, torch.bfloat16)
+    own = _geometry(settings, case)
     plan = replace(own.plan, compile="none")
     yield _phase(settings, "model loaded")
     slots = Slots(plan, settings.device, planar=True)
@@ -388,7 +391,7 @@ def graph_memory(settings: Settings, name: str) -> Iterator[Entry]:
         "largest_alone_bytes": largest_bytes,
         "pool_bytes": steps.graphs.pool_bytes,
         "state_bytes": slots.nbytes,
-        "sizes": {str(n): asdict(built) for n, built in sorted(steps.built.items())},
+        "sizes": {str(n): asdict(built) for (_, n), built in sorted(steps.built.items())},
     }
     for n in plan.batch_sizes * 20:
         steps(n)
@@ -407,47 +410,46 @@ def _collect() -> None:
 
 def _phase(settings: Settings, name: str) -> Entry:
     """Bytes at this point, and torch's peak since the last."""
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info(settings.device)
-    entry = {
+    held = device_bytes(settings.device)
+    return {
         "kind": "phase",
         "phase": name,
-        "allocated_bytes": torch.cuda.memory_allocated(settings.device),
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(settings.device),
-        "reserved_bytes": torch.cuda.memory_reserved(settings.device),
-        "driver_bytes": total - free,
+        "allocated_bytes": held.allocated_bytes,
+        "peak_allocated_bytes": held.allocated_peak_bytes,
+        "reserved_bytes": held.reserved_bytes,
+        "driver_bytes": held.used_bytes,
     }
-    torch.cuda.reset_peak_memory_stats(settings.device)
-    return entry
 
 
-def ownership_memory(settings: Settings) -> Iterator[Entry]:
+def ownership_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """Device bytes that each ownership of a scheduler holds before, during and after a request, by torch's allocator.
 
     bfloat16 latents. A sample is its caller's and not counted; in a slot it is a part of the slot, and counted.
     """
     settings.require_cuda()
-    for title, shape in SHAPES.items():
-        samplers = NULL_SAMPLERS[:3] if len(shape) == 3 else ("FlowMatchEuler", "DPMSolverMultistep")
-        for sampler in samplers:
-            _scheduler_held(settings, scheduler_class(sampler)(), cloned_deepcopy, shape)  # libraries take workspaces
+    for one in settings.suite.ownership:
+        for sampler in one.samplers:
+            _scheduler_held(settings, sampler, cloned_deepcopy, one)  # libraries take workspaces
             for ownership, owner in (
                 ("shared", shared), ("cloned-deepcopy", cloned_deepcopy), ("cloned-shallow", cloned_shallow),
             ):  # fmt: skip
-                held = _scheduler_held(settings, scheduler_class(sampler)(), owner, shape)
-                yield {"kind": "ownership", "shape": title, "sampler": sampler, "ownership": ownership, **held}
-            held = _slot_held(settings, scheduler_class(sampler)(), shape)
-            yield {"kind": "ownership", "shape": title, "sampler": sampler, "ownership": "tensorized", **held}
+                held = _scheduler_held(settings, sampler, owner, one)
+                yield {"kind": "ownership", "shape": one.name, "sampler": sampler, "ownership": ownership, **held}
+            held = _slot_held(settings, sampler, one)
+            yield {"kind": "ownership", "shape": one.name, "sampler": sampler, "ownership": "tensorized", **held}
 
 
-def _scheduler_held(settings: Settings, template: Any, owner: Callable[[Any], Any], shape: tuple[int, ...]) -> Entry:
+def _scheduler_held(settings: Settings, sampler: str, owner: Callable[[Any], Any], of: MemoryCase) -> Entry:
     bytes_now = partial(torch.cuda.memory_allocated, settings.device)
+    template = scheduler_class(sampler)()
     _collect()
     nothing = bytes_now()
     scheduler = owner(template)
-    set_timesteps(scheduler, STEPS, settings.device)
+    set_timesteps(scheduler, of.steps, settings.device)
     before, during = bytes_now() - nothing, 0
-    sample = torch.randn(1, *shape, device=settings.device, dtype=torch.bfloat16) * init_noise_sigma(scheduler)
+    sample = torch.randn(1, *of.latent_shape, device=settings.device, dtype=torch.bfloat16) * init_noise_sigma(
+        scheduler
+    )
     sample_bytes = bytes_now() - nothing - before
     for timestep in list(scheduler.timesteps):
         output = torch.randn_like(scale_model_input(scheduler, sample, timestep))  # a tensor of its own, as a model's
@@ -459,18 +461,18 @@ def _scheduler_held(settings: Settings, template: Any, owner: Callable[[Any], An
     return {"before_bytes": before, "during_bytes": during, "after_bytes": bytes_now() - nothing}
 
 
-def _slot_held(settings: Settings, template: Any, shape: tuple[int, ...]) -> Entry:
+def _slot_held(settings: Settings, sampler: str, of: MemoryCase) -> Entry:
     bytes_now = partial(torch.cuda.memory_allocated, settings.device)
-    table = tabulate(template, STEPS)
+    table = tabulate(scheduler_class(sampler)(), of.steps)
     plan = CapturePlan(
-        latent_shape=shape, dtype=torch.bfloat16, batch_sizes=(1,), memory=table.memory, rows=len(table),
+        latent_shape=of.latent_shape, dtype=torch.bfloat16, batch_sizes=(1,), memory=table.memory, rows=len(table),
         draws=table.max_draws,
     )  # fmt: skip
     _collect()
     nothing = bytes_now()
     slots = Slots(plan, settings.device)
     before, during = bytes_now() - nothing, 0
-    sample = torch.randn(*shape, device=settings.device, dtype=torch.bfloat16)
+    sample = torch.randn(*of.latent_shape, device=settings.device, dtype=torch.bfloat16)
     slots.load(0, RequestState(request=None, table=table, latents=table.init(sample * table.init_noise_sigma)))
     del sample
     for _ in range(len(table)):
@@ -483,25 +485,22 @@ def _slot_held(settings: Settings, template: Any, shape: tuple[int, ...]) -> Ent
 # Start-up
 
 
-def starts(settings: Settings, name: str) -> Iterator[Entry]:
+def starts(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """Two processes that ready the same step graph, sharing the compiler's cache, which is empty at first."""
     settings.require_cuda()
     code = "import sys; from fastdiff.bench.gpu_cells import start; start(*sys.argv[1:])"
-    asked = f"tiny-{name}" if settings.tiny else name
     with tempfile.TemporaryDirectory() as cache:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_CACHE_DIR"}
         environment["TORCHINDUCTOR_CACHE_DIR"] = cache
         for which in ("cold", "warm"):
             started = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-c", code, asked, str(settings.device)], env=environment, capture_output=True,
-                text=True, check=False,
-            )  # fmt: skip
+            command = [sys.executable, "-c", code, str(case.geometry), str(settings.device)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"the {which} start failed: {done.stderr.strip().splitlines()[-1]}")
             process_s = time.perf_counter() - started
             printed = json.loads(done.stdout.splitlines()[-1])
-            yield {"kind": "start", "model": asked, "start": which, "process_s": process_s, **printed}
+            yield {"kind": "start", "model": case.geometry, "start": which, "process_s": process_s, **printed}
 
 
 def start(name: str, device: str) -> None:
@@ -516,4 +515,16 @@ def start(name: str, device: str) -> None:
         steps(1)
     torch.cuda.synchronize()
     ready_s = time.perf_counter() - started
-    sys.stdout.write(json.dumps({"load_s": load_s, "ready_s": ready_s, **asdict(steps.built[1])}) + "\n")
+    sys.stdout.write(json.dumps({"load_s": load_s, "ready_s": ready_s, **asdict(steps.built[0, 1])}) + "\n")
+
+
+MEASURES: Mapping[str, Callable[[Settings, CellCase], Iterator[Entry]]] = {
+    "tests": cuda_tests,
+    "ceilings": ceilings,
+    "null model": null_rows,
+    "rows": geometry_rows,
+    "graphs": graph_memory,
+    "ownership": ownership_memory,
+    "start": starts,
+}
+"""By the word that the suite's cells have for it."""

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ def measure(model: Path | None, device: str, batch: int, mode: Any) -> dict[str,
 def _phase(name: str, what: str, place: torch.device, nvml: Nvml) -> Phase:
     import torch
 
-    from fastdiff.bench.vram import live_tensors, pool_bytes, storage_bytes
+    from fastdiff.bench.vram import device_bytes, live_tensors, pool_bytes, storage_bytes
 
     gc.collect()
     rss_bytes, rss_peak_bytes = _resident_bytes()
@@ -143,22 +143,18 @@ def _phase(name: str, what: str, place: torch.device, nvml: Nvml) -> Phase:
         return host
     torch.cuda.synchronize(place)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(place)
-    reserved_bytes = torch.cuda.memory_reserved(place)
-    on_device = Phase(
-        **{
-            **asdict(host),
-            "allocated_bytes": torch.cuda.memory_allocated(place),
-            "allocated_peak_bytes": torch.cuda.max_memory_allocated(place),
-            "reserved_bytes": reserved_bytes,
-            "reserved_peak_bytes": torch.cuda.max_memory_reserved(place),
-            "pool_bytes": pool_bytes(place),
-            "unseen_bytes": total - free - reserved_bytes,
-            "nvml_bytes": nvml.process_bytes()[0],
-        }
+    pools, nvml_bytes = pool_bytes(place), nvml.process_bytes()[0]
+    held = device_bytes(place)
+    return replace(
+        host,
+        allocated_bytes=held.allocated_bytes,
+        allocated_peak_bytes=held.allocated_peak_bytes,
+        reserved_bytes=held.reserved_bytes,
+        reserved_peak_bytes=held.reserved_peak_bytes,
+        pool_bytes=pools,
+        unseen_bytes=held.used_bytes - held.reserved_bytes,
+        nvml_bytes=nvml_bytes,
     )
-    torch.cuda.reset_peak_memory_stats(place)
-    return on_device
 
 
 def _resident_bytes() -> tuple[int | None, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastdiff.bench.stats import pairs_needed
@@ -66,21 +66,37 @@ def tally(report: Report) -> dict[str, int]:
 
 
 def canaries(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
-    """Comparisons whose outcome is known beforehand, with their judgements; none where the run has none."""
+    """Comparisons whose outcome is known beforehand, with their judgements; those that the run has."""
     known = report.get("canaries") or {}
     labels = {"a_a": "the same work twice", "slower_10_percent": "a tenth more work"}
     return [(label, known[name]) for name, label in labels.items() if known.get(name)]
 
 
 def distrust(report: Report) -> str:
-    """Why no time of this run is to be believed; empty if there is no reason."""
+    """Why no time of this run is to be believed; empty if no canary gives a reason. Without any, see `unvouched`."""
     return str((report.get("canaries") or {}).get("doubt") or "")
+
+
+def unvouched(report: Report) -> str:
+    """Said of a run whose times no canary vouches for: not doubtful, but not known to be sound either."""
+    timed = report["images"] or report["rows"] or report["setup"]
+    return "without canaries: nothing vouches for its times" if timed and len(canaries(report)) < 2 else ""
 
 
 def changes(report: Report) -> list[Report]:
     """Deterministic figures that are not what the baseline says."""
     gates = report.get("gates") or {}
     return [change for change in gates.get("changes") or () if change["verdict"] != "NO-CHANGE"]
+
+
+def unmeasured(report: Report) -> list[str]:
+    """Deterministic figures that this run should have and could not measure."""
+    return [name for name, value in (report.get("gates") or {}).get("figures", {}).items() if value is None]
+
+
+def not_finite(report: Report) -> list[str]:
+    """Samplers whose table led to infinities or NaN."""
+    return [one["sampler"] for one in report["errors"] if one["fastdiff"] is None]
 
 
 def wrong_answers(report: Report) -> list[tuple[Report, str, str]]:
@@ -110,20 +126,30 @@ def headline(report: Report) -> Report | None:
 
 
 def outcome(report: Report) -> Outcome:
-    """The worst thing that happened, else the best that can be said."""
+    """The worst thing that happened, else the best that can be said; and whether its times are vouched for."""
+    found, without = _outcome(report), unvouched(report)
+    return replace(found, sentence=f"{found.sentence}; {without}") if without else found
+
+
+def _outcome(report: Report) -> Outcome:
     wrong, doubt, changed = wrong_answers(report), distrust(report), changes(report)
     regressed = [change for change in changed if change["verdict"] == "REGRESSION"]
     if fates := wrong_fates(report):
         return Outcome("INVALID", f"{fates[0]['arm']} let {fates[0]['sampler']}'s interleaved requests go wrong", True)
     if wrong:
         return Outcome("INVALID", f"{_number(len(wrong), 'arm')} answered wrongly, however fast", True)
+    if samplers := not_finite(report):
+        return Outcome("INVALID", f"{_first(samplers)}: infinities or NaN against float64", True)
     if regressed:
-        names = ", ".join(change["name"] for change in regressed[:3]) + (", ..." if len(regressed) > 3 else "")
+        names = _first([change["name"] for change in regressed])
         return Outcome("REGRESSION", f"{_number(len(regressed), 'deterministic figure')} got worse: {names}", True)
     if doubt:
         return Outcome("INVALID", f"no time of this run is to be believed: {doubt}", True)
     if report["unsupported"]:
         return Outcome("INCOMPLETE", f"{_number(len(report['unsupported']), 'piece')} could not be measured", True)
+    if missing := unmeasured(report):
+        counted = _number(len(missing), "deterministic figure")
+        return Outcome("INCOMPLETE", f"{counted} could not be measured: {_first(missing)}", True)
     if not report.get("complete", True):
         return Outcome("INCOMPLETE", "a part of the suite was run", False)
     gates = report.get("gates") or {}
@@ -131,6 +157,8 @@ def outcome(report: Report) -> Outcome:
         return Outcome("MEASURED", "no answer is wrong; there was no baseline to compare with", False)
     improved = sum(change["verdict"] == "IMPROVEMENT" for change in changed)
     compared = f"{_number(len(gates['figures']), 'deterministic figure')} compared with the baseline"
+    if unknown := sum(change["verdict"] == "not measured" for change in changed):
+        compared += f", which has not measured {unknown}"
     if improved:
         return Outcome("IMPROVEMENT", f"{compared}, {improved} shrank", False)
     return Outcome("NO-CHANGE", f"{compared}, none moved", False)
@@ -146,6 +174,10 @@ def _compared(kind: Literal["images", "rows"], case: Report, base: str, arm: str
     if doubt:
         judgement = Judgement("INVALID", judgement.change, judgement.low, judgement.high, judgement.pairs, doubt)
     return Compared(kind, case, base, arm, found[0], judgement)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _number(count: int, what: str) -> str:

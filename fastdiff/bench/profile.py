@@ -66,7 +66,7 @@ def measure(pipe: Any, n: int) -> dict[str, Any]:
 def _capture(pipe: Any, eager: Profile, rows: int) -> dict[str, Any]:
     """The replay, what it saves and what it cost. Nothing is compiled: a compiler's gain is not the graph's."""
     runtime = Runtime(pipe, max_batch=eager.n, mode="step-graph", batch_sizes=(eager.n,), compile="none", certify=False)
-    replay, built = runtime.profile(), runtime.steps.built[eager.n]
+    replay, built = runtime.profile(), runtime.steps.built[0, eager.n]
     runtime.close()
     capture_s = built.compile_s + built.warm_up_s + built.capture_s
     return {

@@ -94,10 +94,13 @@ def _gates(report: Report) -> str:
     gates = report.get("gates")
     if not gates:
         return "none in this run"
-    count, changed = len(gates["figures"]), outcome.changes(report)
+    missing = outcome.unmeasured(report)
+    count = len(gates["figures"]) - len(missing)
+    unknown = f"; not measured: {', '.join(missing)}" if missing else ""
     if gates.get("changes") is None:
-        return f"{count} counted; no baseline for {gates['key']}"
-    return f"{count} compared with {gates['key']}; " + (f"{len(changed)} changed" if changed else "none moved")
+        return f"{count} counted; no baseline for {gates['key']}{unknown}"
+    changed = [change for change in outcome.changes(report) if change["verdict"] != "not measured"]
+    return f"{count} compared with {gates['key']}; {f'{len(changed)} changed' if changed else 'none moved'}{unknown}"
 
 
 def introduction(report: Report) -> list[str]:
@@ -341,7 +344,10 @@ def fates_table(report: Report) -> Table:
 def errors_table(report: Report) -> Table:
     """Error against float64."""
     rows = tuple(
-        (f"{one['sampler']}, {one['steps']} steps", f"{one['diffusers']:.1e}", f"{one['fastdiff']:.1e}")
+        (
+            f"{one['sampler']}, {one['steps']} steps",
+            *("**not finite**" if one[side] is None else f"{one[side]:.1e}" for side in ("diffusers", "fastdiff")),
+        )
         for one in report["errors"]
     )
     return Table(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
 from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
 from fastdiff.capture import Mode, Steps
+from fastdiff.denoiser import Denoiser
 from fastdiff.noise import normal, row_noise, run_noise, seeded
 from fastdiff.plan import CapturePlan
 from fastdiff.probe import table_cache
@@ -48,6 +50,14 @@ class TableRows:
 
     slots: Slots
     steps: Steps
+
+
+class Counted(NamedTuple):
+    """What an emulated device saw of some steps."""
+
+    operations: list[int]  # of each step
+    syncs: list[int]  # of each step
+    peak_bytes: int  # the most that device tensors took at any time
 
 
 class RowBench:
@@ -210,11 +220,12 @@ def counts(rows: RowBench, case: CountCase) -> Iterator[dict[str, Any]]:
     for mix in case.mixes:
         for batch in case.batches:
             one = RowCase(name="count", samplers=mix, latent_shape=case.latent_shape, batch=batch, steps=case.steps)
+            counted = count_tables(rows, one)
             yield {
                 "samplers": list(mix),
                 "batch": batch,
                 "diffusers": _count_diffusers(rows, one),
-                "fastdiff": _count_tables(rows, one),
+                "fastdiff": {"operations": counted.operations, "syncs": counted.syncs},
             }
 
 
@@ -242,33 +253,39 @@ def _count_diffusers(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
     return counted
 
 
-def _count_tables(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
+def count_tables(rows: RowBench, case: RowCase) -> Counted:
+    """The step around a null model, over slots of the case's samplers."""
     plan = CapturePlan(latent_shape=case.latent_shape, dtype=torch.float32, batch_sizes=(case.batch,))
     slots = Slots(plan, "cpu")
     for slot, name in enumerate(rows.samplers(case)):
         table = fastdiff.tabulate(rows.bench.template(name), case.steps)
         latents = table.init(rows.first_sample(slot, case.latent_shape)[0].cpu())
         slots.load(slot, RequestState(request=None, table=table, latents=latents))
+    return count_steps(null_model, slots, case.batch, case.steps)
+
+
+def count_steps(denoiser: Denoiser, slots: Slots, n: int, steps: int) -> Counted:
+    """What an emulated device sees of so many steps over slots on the CPU."""
     device = CountingDevice()
-    batch = device.put(slots.batch(case.batch))
-    counted: dict[str, list[int]] = {"operations": [], "syncs": []}
+    batch = device.put(slots.batch(n))
+    operations, syncs = [], []
     with torch.no_grad(), device:
-        for _ in range(case.steps):
+        for _ in range(steps):
             device.operations = device.syncs = 0
-            denoise_step(null_model, batch)
-            counted["operations"].append(device.operations)
-            counted["syncs"].append(device.syncs)
-    return counted
+            denoise_step(denoiser, batch)
+            operations.append(device.operations)
+            syncs.append(device.syncs)
+    return Counted(operations, syncs, device.peak_bytes)
 
 
 def errors(rows: RowBench, case: ErrorCase) -> Iterator[dict[str, Any]]:
-    """Per sampler, the worst error over seeds of the last sample, relative to its largest element.
+    """Per sampler, the worst error over seeds of the last sample, relative to its largest element; None: not finite.
 
     The reference is the table in float64, which tabulate proved against the scheduler in float64 to 1e-9.
     """
     for sampler in case.samplers:
         table = fastdiff.tabulate(rows.bench.template(sampler), case.steps)
-        worst = {"diffusers": 0.0, "fastdiff": 0.0}
+        found: dict[str, list[float]] = {"diffusers": [], "fastdiff": []}
         for seed in range(rows.seed, rows.seed + case.seeds):
             generator = seeded(seed)
             first = normal(generator, case.latent_shape, torch.float32, torch.device("cpu")) * table.init_noise_sigma
@@ -277,8 +294,13 @@ def errors(rows: RowBench, case: ErrorCase) -> Iterator[dict[str, Any]]:
             for side, run in (("diffusers", _diffusers_float32), ("fastdiff", _fastdiff_float32)):
                 last = run(rows, sampler, case, table, first, outputs)
                 error = (last.double() - reference).abs().max() / reference.abs().max()
-                worst[side] = max(worst[side], error.item())
-        yield {"sampler": sampler, "steps": case.steps, **worst}
+                found[side].append(error.item())
+        yield {"sampler": sampler, "steps": case.steps, **{side: worst(seen) for side, seen in found.items()}}
+
+
+def worst(errors: Sequence[float]) -> float | None:
+    """The largest; None where one is not finite, for none is worse, wherever it stands."""
+    return max(errors) if all(map(math.isfinite, errors)) else None
 
 
 def _float64(table: StepTable, first: Tensor, outputs: Tensor) -> Tensor:
@@ -380,16 +402,12 @@ def _scheduler_bytes(template: Any, owner: Callable[[Any], Any], case: MemoryCas
 def _slot_bytes(table: StepTable, case: MemoryCase) -> dict[str, int]:
     slots = Slots(_plan_of(table, case.latent_shape), "cpu")
     slots.load(0, RequestState(request=None, table=table, latents=table.init(torch.zeros(case.latent_shape))))
-    device = CountingDevice()
-    batch = device.put(slots.batch(1))
     before = storage_bytes(slots.tensors())
-    with torch.no_grad(), device:
-        for _ in range(len(table)):
-            denoise_step(null_model, batch)
+    counted = count_steps(null_model, slots, 1, len(table))
     slots.park(0)
     after = storage_bytes(slots.tensors())
     return {
-        "before_bytes": before, "during_bytes": before, "after_bytes": after, "row_peak_bytes": device.peak_bytes
+        "before_bytes": before, "during_bytes": before, "after_bytes": after, "row_peak_bytes": counted.peak_bytes
     }  # fmt: skip
 
 

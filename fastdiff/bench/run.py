@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench import cells, gates, machine, schema, suite
-from fastdiff.bench.arguments import device, folder, pipeline, plain_name, positive, refuse, scheduler
+from fastdiff.bench import cells, estimate, gates, machine, schema, suite
+from fastdiff.bench.arguments import device, folder, model_name, pipeline, plain_name, positive, refuse, scheduler
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.cells import Piece
 from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, unfinished
-from fastdiff.bench.outcome import wrong_fates
+from fastdiff.bench.outcome import distrust, not_finite, unmeasured, unvouched, wrong_fates
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import Suite
 from fastdiff.bench.summary import summarize
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--quick", action="store_const", const="smoke", dest="suite", help="the suite smoke: a minute")
     parser.add_argument("-k", dest="only", default="", metavar="EXPR", help="pieces with this in their title alone")
     parser.add_argument("--list", action="store_true", help="print the pieces' titles and run nothing")
-    parser.add_argument("--dry-run", action="store_true", help="print how long each piece may sample and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print how long each piece takes and run nothing")
     parser.add_argument(
         "--resume", type=Path, nargs="?", const=NEWEST, metavar="FOLDER", help="go on with a killed run (the newest)"
     )
@@ -67,7 +67,11 @@ def main(options: argparse.Namespace) -> int:
     if not pieces:
         refuse(f"-k: no piece of {options.suite} has {options.only!r} in its title; --list shows them")
     if options.list or options.dry_run:
-        sys.stdout.write("".join(f"{line}\n" for line in _plan(pieces, options.dry_run)))
+        said = [piece.title for piece in pieces]
+        if options.dry_run:
+            name, model = Path(options.suite).stem, model_name(options.model)
+            said = estimate.lines(chosen, name, model, options.device, pieces)
+        sys.stdout.write("".join(f"{line}\n" for line in said))
         return 0
     torch.set_num_threads(chosen.threads)  # the fingerprint has them
     journal = _journal(options, chosen)
@@ -84,24 +88,13 @@ def main(options: argparse.Namespace) -> int:
 def exit_code(report: schema.Report) -> int:
     """What a run amounts to. Times play no part: they are judged in pairs of processes, by `ab`."""
     cases = (*report["images"], *report["rows"])
-    if any(arm["status"] != "ok" for case in cases for arm in case["arms"].values()) or wrong_fates(report):
+    wrong = any(arm["status"] != "ok" for case in cases for arm in case["arms"].values())
+    if wrong or wrong_fates(report) or not_finite(report):
         return 3
     changes = (report["gates"] or {}).get("changes") or ()
     if any(change["verdict"] == "REGRESSION" for change in changes):
         return 1
-    return 4 if report["unsupported"] else 0
-
-
-def _plan(pieces: Sequence[Piece], with_limits: bool) -> list[str]:
-    """The titles; with limits, how long each may sample at most, and all of them."""
-    if not with_limits:
-        return [piece.title for piece in pieces]
-    timed = [piece.max_s for piece in pieces if piece.max_s is not None]
-    return [
-        *(f"{'' if piece.max_s is None else f'{piece.max_s:g} s':>8}  {piece.title}" for piece in pieces),
-        f"{len(pieces)} pieces, at most {sum(timed):g} s of sampling in {len(timed)} of them. "
-        "Warm-up, compilation and the pieces without a clock come on top.",
-    ]
+    return 4 if report["unsupported"] or unmeasured(report) else 0
 
 
 def _journal(options: argparse.Namespace, chosen: Suite) -> Journal:
@@ -133,7 +126,7 @@ def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece],
     if [one["title"] for one in journal.finished] != [piece.title for piece in pieces[:resumed]]:
         refuse(f"--resume: {journal.folder}: its pieces are not this suite's; start a new run")
     known = _baseline(options)
-    pipe, model_name = pipeline(options.model, options.device)
+    pipe, name = pipeline(options.model, options.device)
     try:
         family = family_of(pipe)
     except FastdiffError as error:
@@ -152,7 +145,7 @@ def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece],
         "created": journal.header["created"],
         "command": journal.header["command"],
         "model": {
-            "name": model_name,
+            "name": name,
             "parameters": sum(weight.numel() for weight in weights),
             "toy": sum(weight.numel() for weight in family.model.parameters()) < 50_000_000,
             "latent_shape": list(family.latent_shape),
@@ -193,7 +186,7 @@ def _run_pieces(row_bench: RowBench, pieces: Sequence[Piece], threads: int, jour
             progress.advance(task)
 
 
-def _baseline(options: argparse.Namespace) -> dict[str, int] | None:
+def _baseline(options: argparse.Namespace) -> dict[str, gates.Value] | None:
     """The committed figures to compare with; those of the shipped model are no baseline for another."""
     if options.model is not None:
         return None
@@ -222,8 +215,10 @@ def write(options: argparse.Namespace, report: dict[str, Any], journal: Journal)
     said = [f"wrote {place / 'report.html'}" for place in folders]
     said += [f"not measured: {failed['what']}: {failed['reason']}" for failed in report["unsupported"]]
     said += _said_of_gates(options, report)
-    if report["canaries"] and report["canaries"]["doubt"]:
-        said.append(f"no time of this run is to be believed: {report['canaries']['doubt']}")
+    if doubt := distrust(report):
+        said.append(f"no time of this run is to be believed: {doubt}")
+    if without := unvouched(report):
+        said.append(f"this run is {without}")
     sys.stderr.write("".join(f"{line}\n" for line in said))
 
 
@@ -231,8 +226,11 @@ def _said_of_gates(options: argparse.Namespace, report: schema.Report) -> list[s
     measured = report["gates"]
     if not measured:
         return []
+    missing = unmeasured(report)
+    said = [f"not measured: {name}" for name in missing]
     if options.update_baseline:
-        return [f"wrote {gates.save(measured['key'], measured['figures'])}"]
+        return [*said, f"wrote {gates.save(measured['key'], measured['figures'])}"]
     if measured["changes"] is None:
-        return [f"incomparable: reports/baselines has no exact figures of {measured['key']} and this model"]
-    return [f"{one['verdict']}: {one['name']}: {one['base']} -> {one['head']}" for one in measured["changes"]]
+        return [*said, f"incomparable: reports/baselines has no exact figures of {measured['key']} and this model"]
+    changes = [one for one in measured["changes"] if one["name"] not in missing]
+    return said + [f"{one['verdict']}: {one['name']}: {one['base']} -> {one['head']}" for one in changes]

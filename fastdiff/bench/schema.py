@@ -85,12 +85,16 @@ def _benchmarks(report: Report) -> Iterator[dict[str, Any]]:
         for arm, measured in case["arms"].items():
             if measured["total_s"]:
                 times = [seconds / units for seconds in measured["total_s"]]
-                params = {name: value for name, value in case.items() if name not in _RESULTS}
-                yield _benchmark(report, case["name"], arm, times, params, per)
+                yield _benchmark(report, case["name"], arm, times, params(case), per)
     for one in report["setup"]:
         for call, times in one["call_s"].items():
-            params = {"samplers": [one["sampler"]], "steps": one["steps"]}
-            yield _benchmark(report, f"set-up: {one['sampler']}", call, times, params, "call")
+            of = {"samplers": [one["sampler"]], "steps": one["steps"]}
+            yield _benchmark(report, f"set-up: {one['sampler']}", call, times, of, "call")
+
+
+def params(case: Report) -> dict[str, Any]:
+    """What an arm's times are of: two cases with the same do the same work."""
+    return {name: value for name, value in case.items() if name not in _RESULTS}
 
 
 def _benchmark(

@@ -198,25 +198,31 @@ T = TypeVar("T")
 
 
 def load(name: str) -> Suite:
-    """The suite `name`, from the wheel's copy of the repository's `bench/` or from the repository itself; or a file."""
+    """The suite of that name or in that file."""
+    return parse(tomllib.loads(find(name).read_text(encoding="utf-8")))
+
+
+def find(name: str) -> Path:
+    """The file of a suite, in the wheel's copy of the repository's `bench/` or in the repository; or `name` itself."""
     folders = (Path(__file__).parent / "suites", Path(__file__).parents[2] / "bench")
     for path in (Path(name),) if name.endswith(".toml") else (folder / f"{name}.toml" for folder in folders):
         if path.exists():
-            return parse(tomllib.loads(path.read_text(encoding="utf-8")))
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")} - {"gpu"})  # a command's own
     raise FileNotFoundError(f"expected a suite's file or one of {', '.join(known)}, got {name!r}")
 
 
 def parse(document: Mapping[str, Any]) -> Suite:
     """A suite from a parsed TOML file."""
     lists = {
-        name: tuple(_read(kind, f"[[{name}]]", table) for table in document.get(name, ()))
+        name: tuple(read(kind, f"[[{name}]]", table) for table in document.get(name, ()))
         for name, kind in _LISTS.items()
     }
-    return _read(Suite, "the file", {**document, **lists})
+    return read(Suite, "the file", {**document, **lists})
 
 
-def _read(kind: type[T], where: str, table: Mapping[str, Any]) -> T:
+def read(kind: type[T], where: str, table: Mapping[str, Any]) -> T:
+    """A dataclass from a table of the file, every list a tuple; `where` is for the error of a key that does not fit."""
     known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]  # dataclasses only
     for key in table:
         if key not in known:

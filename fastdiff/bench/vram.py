@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,6 +92,32 @@ def pool_bytes(device: torch.device) -> dict[str, int]:
         if segment["device"] == device.index:
             pools[".".join(map(str, segment["segment_pool_id"]))] += segment["total_size"]
     return dict(sorted(pools.items()))
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What a CUDA device holds, and torch's peaks since this was last asked."""
+
+    allocated_bytes: int  # by torch's allocator, for tensors and what else asks it
+    allocated_peak_bytes: int
+    reserved_bytes: int  # by torch's allocator, of the device
+    reserved_peak_bytes: int
+    used_bytes: int  # of the device, by torch and all others: contexts, modules, graphs, other processes
+
+
+def device_bytes(device: torch.device) -> DeviceBytes:
+    """Once the device is done; the next peaks count from here."""
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    found = DeviceBytes(
+        allocated_bytes=torch.cuda.memory_allocated(device),
+        allocated_peak_bytes=torch.cuda.max_memory_allocated(device),
+        reserved_bytes=torch.cuda.memory_reserved(device),
+        reserved_peak_bytes=torch.cuda.max_memory_reserved(device),
+        used_bytes=total - free,
+    )
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def vram_peak(device: torch.device, work: Callable[[], object]) -> int | None:

@@ -1,8 +1,8 @@
 """One side of `ab`: a script that measures the revision on its PYTHONPATH, as lines on its standard input ask.
 
 It runs in older revisions than its own, so it brings its own instruments, imports nothing that was made for it, and
-uses of fastdiff only what has long been there: `models.digits`, `Workbench`, `RowBench.table_rows` and `table_block`,
-`requests_of`, `images_of`, `image_block`, `Runtime.generate`, `suite.parse` and `denoise_step`.
+uses of fastdiff only what has long been there: `models.digits`, `Workbench` with its stopwatch, `RowBench.table_rows`
+and `table_block`, `requests_of`, `images_of`, `image_block`, `Runtime.generate`, `suite.parse` and `denoise_step`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ aten = torch.ops.aten
 
 COMPILED_SIZES = (1, 8)
 PASSES = 2  # over a case's requests, between two counts of live tensors
+CANARY_SHAPE = (8, 4, 8, 8)  # of a row's latents
+CANARY_OPERATIONS = 20  # about as many as a row has
 
 
 class Work(NamedTuple):
@@ -51,6 +53,7 @@ class Side:
         self._bench = Workbench(fastdiff.models.digits().to(self.device))
         self._rows = rows.RowBench(self._bench, task["seed"])
         self._seed: int = task["seed"]
+        self._canary = torch.ones(CANARY_SHAPE, device=self.device)
         self._work: dict[str, Work] = {}
         chosen = suite.parse(task["suite"])
         for row in chosen.row:
@@ -141,6 +144,14 @@ class Side:
     def block(self, name: str, repeats: int) -> float:
         """Seconds of so many blocks of a case."""
         return sum(self._work[name].block().total_s for _ in range(repeats))
+
+    def canary(self, rows: int) -> float:
+        """Seconds, by this revision's own stopwatch, of so many rows of work that is the same in every revision."""
+        watch, sample = self._bench.stopwatch(), self._canary
+        with torch.no_grad(), watch:
+            for _ in range(rows * CANARY_OPERATIONS):
+                sample.mul_(-1.0)
+        return watch.seconds
 
 
 class Counter(TorchDispatchMode):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.bench import ab, machine, suite, worker
+from fastdiff.bench import ab, canary, machine, suite, worker
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.verdict import DELTA
 
@@ -125,6 +125,7 @@ def test_a_comment_changes_nothing(compare: Any) -> None:
     assert code == 0
     assert report["changes"] == []
     assert report["failed"] == {}
+    assert (report["times"], report["canaries"]) == ({}, None)
     assert len(report["results"]) == 3
     assert all(one["right"] for one in report["results"].values())
     assert page.startswith("# No change\n")
@@ -228,28 +229,48 @@ def test_a_pair_of_processes_yields_one_number(repository: Path, tmp_path: Path)
     with bench.pair() as pair:
         for process in pair.values():
             process.ask("settle", ab._core(0))
-        assert math.isfinite(ab._log_ratio(pair, work, chosen.max_pairs, np.random.default_rng(0)))
+        order = np.random.default_rng(0)
+        assert math.isfinite(ab._log_ratio(pair, work, chosen.max_pairs, order))
+        canaries = ab._canary_log_ratios(pair, order)
+        assert canaries.keys() == canary.PROCESSES.keys()
+        assert all(map(math.isfinite, canaries.values()))
         with pytest.raises(ab.CannotMeasure, match="head: KeyError: 'no such case'"):
             pair["head"].ask("block", "no such case", 1)
 
 
 class MadeUp:
-    """Stands for a Bench: pairs of processes whose times are made up, `head` by so much the slower."""
+    """Stands for a Bench: pairs of processes whose times are made up, `head` by so much the slower.
 
-    def __init__(self, slower: float, noise: float, lives: int = 100) -> None:
+    `biased`: so much slower is the head's side of this machine, whatever it runs. `deaf`: the clock of canaries stands
+    still while there is more work than usual.
+    """
+
+    def __init__(
+        self, slower: float, noise: float, lives: int = 100, *, biased: float = 0.0, deaf: bool = False
+    ) -> None:
         self._slower, self._noise, self._lives, self._random = slower, noise, lives, np.random.default_rng(0)
+        self._biased, self._deaf, self._canaries = biased, deaf, np.random.default_rng(1)
+        self._speed: dict[str, float] = {}
 
     @contextmanager
     def pair(self, sides: Sequence[str]) -> Iterator[dict[str, Any]]:
         self._lives -= 1
         self._speed = {side: math.exp(self._random.normal(0, self._noise)) for side in sides}
-        self._speed["head"] *= 1 + self._slower
+        self._speed["head"] *= 1 + self._biased
         yield {side: SimpleNamespace(ask=partial(self._ask, side)) for side in sides}
 
-    def _ask(self, side: str, question: str, *arguments: Any) -> float | None:
+    def _ask(self, side: str, question: str, *arguments: Any) -> float:
         if self._lives == 0:
             raise ab.CannotMeasure(f"{side}: gone")
-        return 0.005 * self._speed[side] * arguments[1] * self._random.normal(1, 0.02) if question == "block" else None
+        if question == "canary":
+            rows = int(arguments[0])
+            heard = rows // 11 * 10 if self._deaf and rows % 11 == 0 else rows
+            return 0.00005 * heard * self._speed[side] * float(self._canaries.normal(1, 0.02))
+        if question == "block":
+            slower = 1 + self._slower * (side == "head")
+            return 0.005 * slower * self._speed[side] * int(arguments[1]) * float(self._random.normal(1, 0.02))
+        assert question == "settle"
+        return 0.0
 
 
 @pytest.mark.parametrize(
@@ -263,21 +284,49 @@ class MadeUp:
     ],
 )
 def test_processes_are_started_until_a_look_decides(slower: float, noise: float, verdict: str, pairs: int) -> None:
-    times, failed = compare_times(MadeUp(slower, noise))
+    times, canaries, failed = compare_times(MadeUp(slower, noise))
     assert times[HOT]["judgement"]["verdict"] == verdict
     assert times[HOT]["judgement"]["pairs"] == len(times[HOT]["log_ratios"]) == pairs
     assert failed == {}
+    assert canaries["doubt"] == ""
+    assert {len(canaries[name]["log_ratios"]) for name in canary.PROCESSES} == {pairs}
+    assert canaries["slower_10_percent"]["judgement"]["verdict"] == ("REGRESSION" if noise < 0.1 else "INCONCLUSIVE")
+    if noise < 0.01:
+        assert canaries["a_a"]["judgement"]["verdict"] == "NO-CHANGE"
+
+
+@pytest.mark.parametrize(
+    ("made_up", "doubt"),
+    [
+        (MadeUp(0.0, 0.005, biased=0.08), "the same work in both was judged REGRESSION"),
+        (MadeUp(0.08, 0.005, biased=-0.08), "the same work in both was judged IMPROVEMENT"),
+        (MadeUp(0.0, 0.005, deaf=True), "a tenth more work in the head was judged NO-CHANGE"),
+        (MadeUp(0.08, 0.005, deaf=True), "a tenth more work in the head was judged NO-CHANGE"),
+    ],
+)
+def test_where_a_canary_is_amiss_no_time_has_a_verdict(made_up: MadeUp, doubt: str) -> None:
+    times, canaries, _ = compare_times(made_up)
+    assert canaries["doubt"].split("; ")[0] == doubt
+    judgement = times[HOT]["judgement"]
+    assert (judgement["verdict"], judgement["pairs"]) == ("INVALID", 6)
+    assert judgement["reason"] == f"no time of this run is to be believed: {canaries['doubt']}"
+    assert judgement["change"] is not None  # what was measured stays
+    report = {**report_of(), "times": times, "canaries": canaries}
+    assert ab.exit_code(report) == 3
+    page = ab.markdown(report)
+    assert page.startswith("# 1 INVALID\n")
+    assert f"- INVALID: no time of this run is to be believed: {doubt}" in page
 
 
 def test_a_process_that_dies_on_the_way_fails_the_undecided_cases() -> None:
-    assert compare_times(MadeUp(0.0, 0.01, lives=3)) == ({}, {HOT: "base: gone"})
+    assert compare_times(MadeUp(0.0, 0.01, lives=3)) == ({}, None, {HOT: "base: gone"})
 
 
-def compare_times(bench: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def compare_times(bench: Any) -> tuple[dict[str, Any], Any, dict[str, str]]:
     failed: dict[str, str] = {}
     options = argparse.Namespace(processes=(6, 10, 16), seed=0)
-    times = ab._compare_times(bench, [ab.Work(HOT, "row", 100.0)], 10, options, DELTA, failed)
-    return times, failed
+    times, canaries = ab._compare_times(bench, [ab.Work(HOT, "row", 100.0)], 10, options, DELTA, failed)
+    return times, canaries, failed
 
 
 def test_the_suite_comes_through_as_it_is_written() -> None:
@@ -298,9 +347,15 @@ def report_of(verdict: str = "NO-CHANGE", change: str = "new", right: bool = Tru
         "figures": {"base": {}, "head": {"ops": 2}},
         "changes": [{"name": "ops", "base": None, "head": 2, "verdict": change}],
         "failed": {IMAGE: "why"} if failed else {},
+        "canaries": {
+            "doubt": "", "seconds": 12.0,
+            "a_a": {"judgement": {**judgement, "verdict": "NO-CHANGE", "change": 0.001}, "log_ratios": []},
+            "slower_10_percent": {"judgement": {**judgement, "verdict": "REGRESSION"}, "log_ratios": []},
+        },
         "times": {HOT: {"judgement": judgement, "log_ratios": []}},
         "why_no_times": "",
-    }
+        "seconds": 120.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -321,6 +376,8 @@ def test_exit_codes_and_headlines(report: Any, code: int, headline: str) -> None
     page = ab.markdown(report)
     assert page.startswith(headline)
     assert f"| {HOT} | +5.0% | +3.0% to +7.0% | 6 | " in page
+    assert "| canary: the same work in both | +0.1% | +3.0% to +7.0% | 6 | NO-CHANGE |" in page
+    assert "took 12 s, 10% of the run." in page
 
 
 @pytest.mark.parametrize(

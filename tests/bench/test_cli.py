@@ -61,7 +61,8 @@ def test_list_and_dry_run_say_what_would_run_and_run_nothing(
         "     1 s  rows: mixed, hot",
         "    10 s  images: mixed",
         "2 pieces, at most 11 s of sampling in 2 of them. "
-        "Warm-up, compilation and the pieces without a clock come on top.",
+        "Warm-up, compilation and the pieces without a clock come on top; "
+        "reports/ has no report of the same work that tells how long.",
     ]
     assert list(tmp_path.iterdir()) == []
 

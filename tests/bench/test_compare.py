@@ -15,6 +15,8 @@ from fastdiff.bench.compare import compare, markdown
 from fastdiff.bench.summary import summarize
 
 COMMITTED = Path(__file__).parents[2] / "reports" / "digits-cpu-1"
+CASE = max(schema.load(COMMITTED)["rows"], key=lambda case: len(case["arms"]["diffusers"]["total_s"]))["name"]
+"""A case with rounds enough for a hint."""
 FIGURES = {"ops per row: mixed, batch 8": 21, "host syncs per row: mixed, batch 8": 0}
 
 
@@ -66,10 +68,25 @@ def test_a_figure_that_is_gone_fails(tmp_path: Path, base: Any, head: Any) -> No
     assert command(tmp_path, base, head) == 1
 
 
+def test_a_figure_that_could_not_be_measured_is_said_and_is_no_regression(
+    tmp_path: Path, base: Any, head: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head["gates"]["figures"]["host syncs per row: mixed, batch 8"] = None
+    assert command(tmp_path, base, head) == 4
+    page = capsys.readouterr().out
+    assert page.startswith("# 1 not measured\n")
+    assert "| host syncs per row: mixed, batch 8 | 0 |  | not measured |" in page
+    assert "Exact figures: none changed, 1 not measured." in page
+    assert command(tmp_path, head, base) == 0  # here it is the base that lacks it
+    assert "1 not measured" in capsys.readouterr().out
+    head["gates"]["figures"]["ops per row: mixed, batch 8"] += 1
+    assert command(tmp_path, base, head) == 1
+
+
 def test_time_fails_only_where_asked_to(
     tmp_path: Path, base: Any, head: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slow_down(head, "mixed, hot", "tensorized/eager", 3.0)
+    slow_down(head, CASE, "tensorized/eager", 3.0)
     assert command(tmp_path, base, head) == 0
     page = capsys.readouterr().out
     assert "1 slower (unpaired)" in page
@@ -79,15 +96,15 @@ def test_time_fails_only_where_asked_to(
 
 
 def test_a_small_change_and_too_few_rounds_cannot_be_told(base: Any, head: Any) -> None:
-    slow_down(head, "mixed, hot", "tensorized/eager", 1.01)
+    slow_down(head, CASE, "tensorized/eager", 1.01)
     few = next(case for case in head["images"] if case["name"] == "mixed")["arms"]["tensorized/eager"]
     few["total_s"] = [9.0] * 19
     assert {time.hint for time in compare(base, head).times} == {"cannot tell"}
 
 
 def test_another_case_under_the_same_name_cannot_be_told(base: Any, head: Any) -> None:
-    slow_down(head, "mixed, hot", "tensorized/eager", 3.0)
-    next(case for case in head["rows"] if case["name"] == "mixed, hot")["steps"] = 60
+    slow_down(head, CASE, "tensorized/eager", 3.0)
+    next(case for case in head["rows"] if case["name"] == CASE)["steps"] = 60
     assert {time.hint for time in compare(base, head).times} == {"cannot tell"}
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.export import csv, index, junit
-from fastdiff.bench.outcome import comparisons, headline, outcome, tally
+from fastdiff.bench.outcome import comparisons, headline, outcome, tally, unvouched
 from fastdiff.bench.report import STEP_SUMMARY_BYTES, break_even_table, escape, facts, markdown, print_tables, tables
+from fastdiff.bench.run import exit_code
 from tests.bench.reports import (
     COMMITTED,
     HOSTILE,
@@ -102,6 +103,47 @@ def test_canaries_and_gates_are_told_in_words() -> None:
         "the same work twice: no change, +0.1% [-0.9%, +1.1%] in time; a tenth more work: INVALID, why"
     )
     assert told["Deterministic figures"] == "1 counted; no baseline for torch-2-cpu"
+
+
+def test_a_figure_that_could_not_be_measured_is_told_and_is_no_regression() -> None:
+    report = committed()
+    name = "launches per row: model, batch 1"
+    change = {"name": name, "base": 450, "head": None, "verdict": "not measured"}
+    report["gates"] = {"key": "torch-2-cuda", "figures": {"ops": 21, name: None}, "changes": [change]}
+    assert (outcome(report).word, outcome(report).alarming) == ("INCOMPLETE", True)
+    assert outcome(report).sentence == f"1 deterministic figure could not be measured: {name}"
+    assert exit_code(report) == 4
+    assert dict(facts(report))["Deterministic figures"] == (
+        f"1 compared with torch-2-cuda; none moved; not measured: {name}"
+    )
+    assert outcomes(report)["figures: skipped"] == ["not measured: 450 -> None"]
+    assert f"| {name} | 450 | - |  | not measured |" in markdown(report)
+    report["gates"]["changes"] = None
+    assert outcome(report).word == "INCOMPLETE"
+    report["gates"] |= {"figures": {name: 450}, "changes": [{**change, "base": None, "head": 450}]}
+    assert outcome(report).sentence.endswith("compared with the baseline, which has not measured 1, none moved")
+    assert exit_code(report) == 0
+
+
+def test_a_table_that_led_to_nan_is_invalid() -> None:
+    report = committed()
+    one = report["errors"][0]
+    one["fastdiff"] = None
+    assert (outcome(report).word, outcome(report).alarming) == ("INVALID", True)
+    assert outcome(report).sentence == f"{one['sampler']}: infinities or NaN against float64"
+    assert exit_code(report) == 3
+    assert outcomes(report)["errors: failure"] == ["INVALID: infinities or NaN against float64"]
+    assert f"| {one['sampler']}, {one['steps']} steps | {one['diffusers']:.1e} | **not finite** |" in markdown(report)
+
+
+@pytest.mark.parametrize("canaries", [None, {}, {"doubt": "", "a_a": judgement("NO-CHANGE", 0.001)}])
+def test_a_run_without_canaries_is_said_to_be_without(canaries: dict[str, Any] | None) -> None:
+    report = committed() | {"canaries": canaries}
+    assert outcome(report).sentence == f"{outcome(committed()).sentence}; {unvouched(report)}"
+    assert unvouched(report) == "without canaries: nothing vouches for its times"
+    assert outcomes(report)["instrument: skipped"] == [f"unvouched: {unvouched(report)}"]
+    assert unvouched(committed()) == ""
+    assert unvouched(bare()) == ""  # nor has it any times
 
 
 # Markdown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from fastdiff.bench.gpu_cells import (
     CUDA_ARMS,
     NEEDS_CUDA,
     Settings,
-    ceilings,
-    ownership_memory,
     read_junit,
     read_log,
 )
@@ -410,16 +408,17 @@ def test_tier_a_on_a_cpu_and_a_second_run_that_finds_nothing_to_do(
 # CUDA
 
 
-def on_cuda(cells: Callable[[Settings], Iterator[Entry]], tmp_path: Path) -> list[Entry]:
+def on_cuda(name: str, tmp_path: Path) -> list[Any]:
+    (cell,) = (one for one in cells_of("ABC", Settings(torch.device("cuda", 0), True, tmp_path)) if one.name == name)
     with torch.no_grad():
-        return list(cells(Settings(torch.device("cuda", 0), True, tmp_path)))
+        return list(cell.measure())
 
 
 @pytest.mark.cuda
 def test_a_shared_scheduler_keeps_what_a_request_left_and_a_clone_does_not(tmp_path: Path) -> None:
     held = {
         (one["sampler"], one["ownership"]): one
-        for one in on_cuda(ownership_memory, tmp_path)
+        for one in on_cuda("schedulers by ownership", tmp_path)
         if one["shape"].startswith("SD 1.5")
     }
     assert held["UniPCMultistep", "shared"]["after_bytes"] > 4 * 64 * 64 * 2
@@ -431,6 +430,6 @@ def test_a_shared_scheduler_keeps_what_a_request_left_and_a_clone_does_not(tmp_p
 
 @pytest.mark.cuda
 def test_ceilings_are_measured(tmp_path: Path) -> None:
-    (entry,) = on_cuda(ceilings, tmp_path)
+    (entry,) = on_cuda("ceilings", tmp_path)
     assert len(entry["product_s"]) == len(entry["copy_s"]) == 10
     assert min(entry["product_s"] + entry["copy_s"]) > 0
