@@ -297,7 +297,11 @@ class EmulatedDevice(TorchDispatchMode):
             return func(*its_args, **its_kwargs)
 
         results = [compute(0)]
-        one_for_all = _has_dynamic_shape(issued) or torch.Tag.nondeterministic_seeded in func.tags
+        one_for_all = (
+            _has_dynamic_shape(issued)
+            or torch.Tag.nondeterministic_seeded in func.tags
+            or func.overloadpacket in _UNINITIALISED
+        )
         for world in range(1, self._worlds if on_device else 1):
             results.append(tree_map_only(Tensor, torch.clone, results[0]) if one_for_all else compute(world))
         written = {id(tensor.worlds[0] if isinstance(tensor, DeviceTensor) else tensor): tensor for tensor in inputs}
@@ -457,6 +461,13 @@ class _Auditor(_StepDevice):
                 yield _Fault("frozen scalar", *one.where)
 
 
+_UNINITIALISED = {  # whatever memory held, which says nothing of what depends on what
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+}
 _WORLDS = 5  # as many as _coupling_worlds gives
 
 

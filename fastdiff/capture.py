@@ -25,7 +25,9 @@ from fastdiff.weights import Weights
 Mode = Literal["eager", "compiled", "step-graph", "loop-graph"]
 GRAPH_MODES = ("step-graph", "loop-graph")
 StepFunction = Callable[[], None]
-"""Advances the slots of one batch size by one row."""
+"""Advances the slots of one segment and batch size by one row."""
+Key = tuple[int, int]
+"""A segment and a batch size."""
 
 WARM_UP_STEPS = 3  # the first compiles; libraries pick algorithms and take workspaces in the others
 
@@ -52,7 +54,7 @@ class Counters:
 
 
 class Steps:
-    """The step over one runtime's slots, in one mode, for each batch size of its plan.
+    """The step over one runtime's slots, in one mode, for each segment and batch size of its plan.
 
     Eager steps cost nothing to make; compiled ones are compiled when a size is first used; graphs are captured here,
     every size, largest first, and afterwards only replayed.
@@ -60,13 +62,14 @@ class Steps:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | Sequence[Denoiser],
         slots: Slots,
         mode: Mode = "eager",
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         *,
         progress: bool = False,
     ) -> None:
+        """`denoiser` and the `model` that it calls: one, or one for each segment of the slots' plan."""
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
         if mode == "loop-graph" and slots.plan.unroll == 1:
@@ -75,11 +78,13 @@ class Steps:
             raise ValueError("mode 'compiled' needs a plan whose compile is not 'none'; mode 'eager' compiles nothing")
         self.mode, self.plan = mode, slots.plan
         self.rows_per_call = slots.plan.unroll if mode == "loop-graph" else 1
-        self.built: dict[int, Built] = {}
-        self._denoiser, self._slots, self._model, self._progress = denoiser, slots, model, progress
-        self._functions: dict[int, StepFunction] = {}
+        self.built: dict[Key, Built] = {}
+        self._slots, self._progress = slots, progress
+        self._denoisers = (denoiser,) if callable(denoiser) else tuple(denoiser)
+        self._models = (model,) if model is None or isinstance(model, nn.Module) else tuple(model)
+        self._functions: dict[Key, StepFunction] = {}
         self._graphs: StepGraphs | None = None
-        self._weights: Weights | None = None
+        self._weights: list[Weights] = []
         self.recapture()
 
     @property
@@ -87,35 +92,38 @@ class Steps:
         """The captured graphs, in a mode that has them."""
         return self._graphs
 
-    def __call__(self, count: int) -> None:
-        """Advance slots [0, count) by `rows_per_call` rows, at the smallest batch size that holds them."""
-        function = self._functions.get(count)
+    def __call__(self, count: int, segment: int = 0) -> None:
+        """Advance those of slots [0, count) that are in `segment` by `rows_per_call` rows, or to the segment's end.
+
+        At the smallest batch size that holds them; the other slots stay as they are.
+        """
+        function = self._functions.get((segment, count))
         if function is None:
-            function = self._functions[count] = self._ready(count)
+            function = self._functions[segment, count] = self._ready(segment, count)
         function()
 
-    def _ready(self, count: int) -> StepFunction:
+    def _ready(self, segment: int, count: int) -> StepFunction:
         """What advances `count` slots, looked up once: between model calls each further line of Python is cold."""
         if self._graphs is not None:
-            return partial(self._graphs.replay, count)
+            return partial(self._graphs.replay, count, segment)
         if self.mode in GRAPH_MODES:
             raise CannotCapture("the graphs were released, or could not be captured anew: call recapture()")
-        n = smallest(self.plan.batch_sizes, count)
-        if n in self.built:
-            return self._functions[n]
-        function = self._make(n)
+        key = segment, smallest(self.plan.batch_sizes, count)
+        if key in self.built:
+            return self._functions[key]
+        function = self._make(*key)
 
         def first() -> None:
             started = time.perf_counter()
             function()
-            self.built[n] = Built(compile_s=time.perf_counter() - started if self.mode == "compiled" else 0.0)
-            self._functions[n] = self._functions[count] = function
+            self.built[key] = Built(compile_s=time.perf_counter() - started if self.mode == "compiled" else 0.0)
+            self._functions[key] = self._functions[segment, count] = function
 
         return first
 
     def check(self) -> None:
         """Raise StaleGraph if the model is no longer what was compiled or captured."""
-        if self._weights is not None and (change := self._weights.changed()):
+        if change := next(filter(None, (weights.changed() for weights in self._weights)), None):
             raise StaleGraph(f"the {self.mode} step is stale: {change}; call recapture() to take the model as it is")
 
     def recapture(self) -> None:
@@ -124,14 +132,13 @@ class Steps:
         self.close()
         if self.mode == "eager":
             return  # and sees the model as it is
-        if self.mode == "compiled":
-            self._weights = Weights(self._model)
-            return
-        graphs = StepGraphs(self._slots.device, self.rows_per_call)
-        for n in tqdm(self.plan.batch_sizes[::-1], desc=f"capture {self.mode}", disable=not self._progress):
-            graphs.capture(n, self._make(n), self.plan.graph_bytes)
-        self._graphs, self.built = graphs, graphs.built
-        self._weights = Weights(self._model)
+        if self.mode != "compiled":
+            graphs = StepGraphs(self._slots.device, self.rows_per_call)
+            keys = [(segment, n) for n in self.plan.batch_sizes[::-1] for segment in range(self.plan.segments)]
+            for segment, n in tqdm(keys, desc=f"capture {self.mode}", disable=not self._progress):
+                graphs.capture(n, self._make(segment, n), self.plan.graph_bytes, segment)
+            self._graphs, self.built = graphs, graphs.built
+        self._weights = [Weights(model) for model in self._models]
 
     def capture(self, n: int) -> None:
         """Capture a size that the byte budget left out; the least used go where they must. The slots must be idle."""
@@ -141,26 +148,27 @@ class Steps:
             raise PlanMismatch(f"expected one of the plan's batch sizes {self.plan.batch_sizes}, got {n}")
         if self._graphs is None:
             raise CannotCapture("the graphs were released: call recapture()")
-        if n not in self._graphs.sizes:
-            self._graphs.capture(n, self._make(n))
-            self._graphs.make_room(self.plan.graph_bytes, keep=n)
-            self._functions.clear()  # which replay sizes that may be gone
+        for segment in range(self.plan.segments):
+            if n not in self._graphs.sizes(segment):
+                self._graphs.capture(n, self._make(segment, n), segment=segment)
+        self._graphs.make_room(self.plan.graph_bytes, keep=n)
+        self._functions.clear()  # which replay sizes that may be gone
 
     def close(self) -> None:
         """Release all graphs and compiled steps."""
         if self._graphs is not None:
             self._graphs.close()
-        self._graphs = self._weights = None
+        self._graphs, self._weights = None, []
         self._functions.clear()
         self.built = {}
 
-    def _make(self, n: int) -> StepFunction:
-        batch = self._slots.batch(n)
+    def _make(self, segment: int, n: int) -> StepFunction:
+        batch, denoiser = self._slots.batch(n, segment), self._denoisers[segment]
         if self.mode == "eager" or self.plan.compile == "none":
-            return step_function(self._denoiser, batch.with_views())
+            return step_function(denoiser, batch.with_views())
         if self.plan.regional:
-            return regional(self._denoiser, batch, self._model, self.plan.compile)
-        return compiled(step_function(self._denoiser, batch), f"denoise_step_{n}", self.plan.compile)
+            return regional(denoiser, batch, self._models[segment], self.plan.compile)
+        return compiled(step_function(denoiser, batch), f"denoise_step_{n}", self.plan.compile)
 
 
 def smallest(sizes: Sequence[int], count: int) -> int:
@@ -276,7 +284,7 @@ def own_code(function: Callable[..., Any], name: str) -> FunctionType:
 
 
 class StepGraphs:
-    """CUDA graphs of the step by batch size: one memory pool, one capture stream, replayed one at a time."""
+    """CUDA graphs of the step by segment and batch size: one memory pool, one stream, replayed one at a time."""
 
     def __init__(self, device: torch.device, unroll: int) -> None:
         if device.type != "cuda":
@@ -284,13 +292,13 @@ class StepGraphs:
                 f"CUDA graphs need a CUDA device, the model is on {device}; move the pipeline, or use mode 'eager' or "
                 "'compiled'"
             )
-        self.built: dict[int, Built] = {}
+        self.built: dict[Key, Built] = {}
         self.counters = Counters()
-        self.sizes: tuple[int, ...] = ()  # that are captured, rising
         self._device, self._unroll = device, unroll
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._functions: dict[int, StepFunction] = {}  # a compiled step owns constants that its graph reads
-        self._replays: dict[int, int] = {}
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self._functions: dict[Key, StepFunction] = {}  # a compiled step owns constants that its graph reads
+        self._replays: dict[Key, int] = {}
+        self._sizes: dict[int, tuple[int, ...]] = {}
         with torch.cuda.device(self._device):
             self._pool = torch.cuda.MemPool()
             self._stream = torch.cuda.Stream()
@@ -305,18 +313,23 @@ class StepGraphs:
         """Device bytes of all graphs: the pool, and what the driver took for the graphs themselves."""
         return self.pool_bytes + sum(built.driver_bytes for built in self.built.values())
 
-    def replay(self, count: int) -> None:
+    def sizes(self, segment: int = 0) -> tuple[int, ...]:
+        """The batch sizes that are captured, rising."""
+        return self._sizes.get(segment, ())
+
+    def replay(self, count: int, segment: int = 0) -> None:
         """Enqueue the graph of the smallest size that holds slots [0, count) on the caller's current stream."""
-        n = smallest(self.sizes, count)
+        n = smallest(self.sizes(segment), count)
         if n == count:
             self.counters.hits += 1
         else:
             self.counters.misses += 1
-        self._replays[n] += 1
-        self._graphs[n].replay()
+        self._replays[segment, n] += 1
+        self._graphs[segment, n].replay()
 
-    def capture(self, n: int, function: StepFunction, budget_bytes: int | None = None) -> bool:
+    def capture(self, n: int, function: StepFunction, budget_bytes: int | None = None, segment: int = 0) -> bool:
         """Warm up, compile and capture size n; False, and no graph kept, if it would not fit the budget."""
+        key = segment, n
         with torch.cuda.device(self._device), torch.no_grad():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -329,15 +342,16 @@ class StepGraphs:
                 graph, capture_s = self._captured(n, function)
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(
-                    f"no room to capture batch size {n} beside {self.sizes}: {str(error).splitlines()[0]}; "
+                    f"no room to capture batch size {n} beside {self.sizes(segment)}: {str(error).splitlines()[0]}; "
                     "lower max_batch, or set graph_bytes so that fewer sizes are captured"
                 ) from error
             torch.cuda.empty_cache()
             free_after, _ = torch.cuda.mem_get_info()
             reserved = torch.cuda.memory_reserved() - reserved_before
-        self._graphs[n], self._functions[n], self._replays[n] = graph, function, 0
-        self.sizes = tuple(sorted(self._graphs))
-        self.built[n] = Built(
+        first = not self.sizes(segment)
+        self._graphs[key], self._functions[key], self._replays[key] = graph, function, 0
+        self._count_sizes(segment)
+        self.built[key] = Built(
             compile_s=compile_s,
             warm_up_s=warm_up_s,
             capture_s=capture_s,
@@ -346,42 +360,42 @@ class StepGraphs:
         )
         self.counters.captures += 1
         if budget_bytes is not None and self.nbytes > budget_bytes:
-            if len(self._graphs) == 1:
-                needed = self.nbytes
-                self._evict(n)
+            needed = self.nbytes
+            self._evict(key)
+            if first:
                 raise OutOfMemory(
                     f"the graph of batch size {n} takes {needed} bytes, graph_bytes is {budget_bytes}; raise it, or "
                     "lower max_batch"
                 )
-            self._evict(n)
             return False
         return True
 
     def make_room(self, budget_bytes: int | None, keep: int) -> None:
         """Evict the least used graphs, the largest size and `keep` apart, until the budget holds."""
         while budget_bytes is not None and self.nbytes > budget_bytes:
-            others = [n for n in self.sizes[:-1] if n != keep]
+            others = [(segment, n) for segment, n in self._graphs if n not in (keep, self.sizes(segment)[-1])]
             if not others:
-                raise OutOfMemory(
-                    f"the graphs of batch sizes {self.sizes} take {self.nbytes} bytes, not {budget_bytes}"
-                )
-            self._evict(min(others, key=lambda n: self._replays[n]))
+                sizes = sorted({n for _, n in self._graphs})
+                raise OutOfMemory(f"the graphs of batch sizes {sizes} take {self.nbytes} bytes, not {budget_bytes}")
+            self._evict(min(others, key=self._replays.__getitem__))
 
     def close(self) -> None:
         """Release every graph and the pool, once all that was enqueued has run."""
         torch.cuda.synchronize(self._device)
         for graph in self._graphs.values():
             graph.reset()
-        for entries in (self._graphs, self._functions, self._replays, self.built):
+        for entries in (self._graphs, self._functions, self._replays, self.built, self._sizes):
             entries.clear()
-        self.sizes = ()
 
-    def _evict(self, n: int) -> None:
-        self._graphs.pop(n).reset()
-        self.sizes = tuple(sorted(self._graphs))
+    def _evict(self, key: Key) -> None:
+        self._graphs.pop(key).reset()
         for entries in (self._functions, self._replays, self.built):
-            entries.pop(n)
+            entries.pop(key)
+        self._count_sizes(key[0])
         self.counters.evictions += 1
+
+    def _count_sizes(self, segment: int) -> None:
+        self._sizes[segment] = tuple(sorted(n for own, n in self._graphs if own == segment))
 
     def _timed(self, function: StepFunction) -> float:
         """Seconds of one call on the capture stream, waited for."""

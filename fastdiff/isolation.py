@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -32,16 +33,16 @@ class Certificate:
     seconds: float
 
 
-def certify(step: Callable[[int], None], slots: Slots, batch_sizes: Sequence[int]) -> Certificate:
-    """Run `step(n)` with changed and with NaN neighbours of every slot, for each n, and compare bits.
+def certify(step: Callable[[int, int], None], slots: Slots, batch_sizes: Sequence[int]) -> Certificate:
+    """Run `step(n, segment)` with changed and with NaN neighbours of every slot, for each n, and compare bits.
 
     Raises RowsCoupled on the first difference. The slots must be idle, and are idle afterwards.
     """
     started, steps = time.perf_counter(), 0
-    probe = _Probe(slots)
-    for n in batch_sizes:
+    for segment, n in product(range(slots.plan.segments), batch_sizes):
         if n == 1:
             continue
+        probe = _Probe(slots, segment)
         expected = probe.run(step, n, ["own"] * n)
         for slot in range(n):
             for neighbours in ("other", "nan"):
@@ -66,16 +67,16 @@ _SAID = {"other": "changed", "nan": "held NaN"}
 class _Probe:
     """Requests of one row whose next latents depend on all that a slot holds."""
 
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
+    def __init__(self, slots: Slots, segment: int) -> None:
+        self._slots, self._segment = slots, segment
         self._table = _dense_table(slots.plan.memory, slots.plan.draws)
 
-    def run(self, step: Callable[[int], None], n: int, contents: Sequence[Contents]) -> Tensor:
+    def run(self, step: Callable[[int, int], None], n: int, contents: Sequence[Contents]) -> Tensor:
         """The latents [n, K, P], as integers, after one step from the given contents of slots [0, n)."""
         for slot, held in enumerate(contents):
             self._load(slot, held)
         with torch.no_grad():
-            step(n)
+            step(n, self._segment)
         memory = self._slots.plan.memory
         return torch.stack([self._slots.read(slot, memory) for slot in range(n)]).view(torch.int32)
 
@@ -96,7 +97,7 @@ class _Probe:
         state = RequestState(
             request=None, table=self._table, latents=latents, conditioning=conditioning, guidance_scale=3.0
         )
-        self._slots.load(slot, state)
+        self._slots.load(slot, state, boundary=0 if self._segment else None)
         if plan.draws:
             self._slots.put_noise(slot, 0, values(1, plan.draws, *plan.latent_shape))
 

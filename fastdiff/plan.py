@@ -43,6 +43,7 @@ class CapturePlan:
     ring_bytes: int = 32 * 2**20  # a slot's noise is drawn ahead for a whole run up to this size, else call by call
     compile: Compile = "default"  # how compiled and captured steps are compiled
     regional: bool = False  # compile the model's repeated blocks and the rest of the step apart, not all as one
+    segments: int = 1  # 2 where the early rows and the late ones have a model each, as Wan 2.2's have
     unroll: int = 1  # rows in one graph of mode loop-graph, which needs two or more
     graph_bytes: int | None = None  # device bytes for captured graphs; sizes that do not fit are not captured
 
@@ -52,6 +53,8 @@ class CapturePlan:
                 raise ValueError(f"CapturePlan.{name}: expected an integer >= {least}, got {getattr(self, name)!r}")
         if self.graph_bytes is not None and not _at_least(0, self.graph_bytes):
             raise ValueError(f"CapturePlan.graph_bytes: expected an integer >= 0 or None, got {self.graph_bytes!r}")
+        if self.segments not in (1, 2):
+            raise ValueError(f"CapturePlan.segments: expected 1 or 2, got {self.segments!r}")
         if not isinstance(self.regional, bool):
             raise ValueError(f"CapturePlan.regional: expected True or False, got {self.regional!r}")
         if not self.latent_shape or not all(_at_least(1, size) for size in self.latent_shape):
@@ -124,7 +127,7 @@ class CapturePlan:
         """Device bytes of all slots: rows, latents, noise and conditioning. Known before anything is allocated."""
         floats = (self.rows + 1) * self.layout.width
         floats += (self.memory + self.ring_depth * self.draws) * self.latent_numel
-        return self.max_batch * (4 * floats + 3 * 8) + self.conditioning_bytes
+        return self.max_batch * (4 * floats + (2 + self.segments) * 8) + self.conditioning_bytes
 
     def check(self, table: StepTable) -> None:
         """Raise PlanMismatch unless `table` fits, naming the capacity to raise."""

@@ -75,30 +75,48 @@ class Profile:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which mode a profile speaks for, and why."""
+    """Which mode the measurements speak for, and why."""
 
-    mode: Literal["eager", "step-graph"]
+    mode: Literal["eager", "compiled", "step-graph", "loop-graph"]
     reason: str  # one sentence with the figures that decided
-    gain: float | None  # how many times faster a row should get with graphs; None where nothing can be said
+    gain: float | None  # how many times faster a row should get than an eager one; None where nothing can be said
 
 
-def choose(eager: Profile, graph_bytes: int | None = None) -> Choice:
-    """Whether to capture, from the profile of an eager row: graphs pay where the host takes longer than the device.
+WORTH = 1.02  # times faster, for a compiled row to be worth its compilation
 
-    `graph_bytes`: what the graph takes, where that is known.
+
+def choose(
+    eager: Profile, graph_bytes: int | None = None, *, compiled: Profile | None = None, unroll: int = 1
+) -> Choice:
+    """The mode for a model, from the profile of an eager row: graphs pay where the host takes longer than the device.
+
+    `graph_bytes`: what the graph takes, where that is known. `compiled`: the same row compiled, where it was measured;
+    the faster of the two is chosen where graphs do not pay. `unroll`: rows in one graph.
     """
+    reason, gain = _graphs_pay(eager, graph_bytes)
+    if gain is not None and gain > 1.0:
+        return Choice("loop-graph" if unroll > 1 else "step-graph", reason, gain)
+    if compiled is None:
+        return Choice("eager", reason, gain)
+    faster = eager.row_s / compiled.row_s
+    measured = f"{reason}; a row takes {compiled.row_s * 1e3:.3g} ms compiled and {eager.row_s * 1e3:.3g} ms eager"
+    return Choice("compiled", measured, faster) if faster > WORTH else Choice("eager", measured, 1.0)
+
+
+def _graphs_pay(eager: Profile, graph_bytes: int | None) -> tuple[str, float | None]:
+    """Why they do or do not, and how many times faster they should make a row."""
     if eager.gpu is None:
-        return Choice("eager", "graphs need a CUDA device, and the model is not on one", None)
+        return "graphs need a CUDA device, and the model is not on one", None
     if not eager.device_s:
-        return Choice("eager", f"no kernel was seen on {eager.gpu}, so nothing says that graphs pay", None)
+        return f"no kernel was seen on {eager.gpu}, so nothing says that graphs pay", None
     host, device = f"{eager.host_s * 1e3:.3g} ms", f"{eager.device_s * 1e3:.3g} ms"
     if regime_of(eager.host_s, eager.device_s) == "launch-bound":
         gain = eager.host_s / eager.device_s
         reason = f"launch-bound: the host takes {host} to enqueue a row that the device runs in {device}"
-        return Choice("step-graph", f"{reason}, so graphs should make it {gain:.3g} times faster", gain)
+        return f"{reason}, so graphs should make it {gain:.3g} times faster", gain
     memory = "a memory pool of their own" if graph_bytes is None else f"{graph_bytes / 1e9:.3g} GB"
     reason = f"compute-bound: the device takes {device} for a row that the host enqueues in {host}"
-    return Choice("eager", f"{reason}, so graphs would gain nothing and cost {memory}", 1.0)
+    return f"{reason}, so graphs would gain nothing and cost {memory}", 1.0
 
 
 def regime_of(host_s: float, device_s: float | None) -> Regime | None:

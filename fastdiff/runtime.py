@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import stages
-from fastdiff.capture import Mode, Steps, smallest
+from fastdiff.capture import Counters, Mode, Steps, smallest
 from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch
 from fastdiff.families import Family, family_of
 from fastdiff.isolation import Certificate, certify
@@ -35,7 +36,7 @@ class MemoryUse:
     state_bytes: int  # all slots: rows, latents, noise, conditioning
     conditioning_bytes: int  # the part of it that is conditioning
     pool_bytes: int | None  # the graphs' activations, which all batch sizes share
-    graph_bytes: dict[int, int]  # by batch size: what its graph took beside the pool of the sizes before it
+    graph_bytes: Mapping[int, int]  # by batch size: what its graphs took beside the pool of those before them
     left_out: tuple[int, ...]  # batch sizes that the byte budget left without a graph
     reserved_bytes: int | None  # by torch, for everything in the process
     driver_bytes: int | None  # in use on the device, other processes included
@@ -46,7 +47,8 @@ class Runtime:
 
     `mode` is how a step runs. "eager" runs at exactly the occupied size; "compiled" at the next power of two, where
     each size costs a compilation when it is first used; "step-graph" and "loop-graph" replay CUDA graphs of one row and
-    of `unroll` rows, all captured here; "auto" measures a row and chooses, and `choice` says why.
+    of `unroll` rows, all captured here; "auto" measures a row and chooses, and `choice` says why: a row is compiled for
+    it too where graphs do not pay, unless `compile` is "none".
 
     The capacities come from `plan`, or from the pipeline and `max_batch`; `capacities` are fields of `CapturePlan` that
     replace the plan's. Unless `certify` is False the model is asked here whether it treats the requests of a batch
@@ -66,37 +68,47 @@ class Runtime:
         plan: CapturePlan | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         certify: bool = True,
         progress: bool = True,
         **capacities: Any,
     ) -> None:
-        self.family: Family = family_of(pipe, height, width)
-        self.plan = _plan_for(self.family, max_batch, mode, plan, capacities)
+        self.family: Family = family_of(pipe, height, width, num_frames)
+        plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
         self._done: torch.cuda.Event | None = None  # what the last session enqueued
         self.choice: Choice | None = None
-        if mode == "auto":
-            self._make_room("eager", progress)
-            self.choice = choose(self.profile())
-            mode = self.choice.mode
-        if self.choice is None or mode != "eager":
-            self._make_room(mode, progress)
+        if mode != "auto":
+            self._make_room(mode, plan_for(mode), progress)
+        else:
+            self._make_room("eager", plan_for("eager"), progress)
+            eager, unroll = self.profile(), self.plan.unroll
+            self.choice = choose(eager, unroll=unroll)
+            if self.choice.mode == "eager" and self.plan.compile != "none":
+                self._make_room("compiled", plan_for("compiled"), progress)
+                self.choice = choose(eager, compiled=self.profile(), unroll=unroll)
+            if self.choice.mode != self.steps.mode:
+                self._make_room(self.choice.mode, plan_for(self.choice.mode), progress)
         self.certificate = self._certify() if certify and self.plan.max_batch > 1 else None
 
-    def _make_room(self, mode: Mode, progress: bool) -> None:
+    def _make_room(self, mode: Mode, plan: CapturePlan, progress: bool) -> None:
+        self.plan = plan
         self.slots = Slots(self.plan, self.family.device, planar=mode != "eager" and self.plan.compile != "none")
-        self.steps = Steps(self.family.denoiser, self.slots, mode, self.family.model, progress=progress)
+        self.steps = Steps(self.family.denoisers, self.slots, mode, self.family.models, progress=progress)
 
     def _certify(self) -> Certificate:
         if self.steps.graphs is not None:
-            return certify(self.steps, self.slots, self.steps.graphs.sizes)
-        eager = Steps(self.family.denoiser, self.slots, "eager")  # a model couples rows in any mode; this compiles none
+            return certify(self.steps, self.slots, self.steps.graphs.sizes())
+        eager = Steps(self.family.denoisers, self.slots)  # a model couples rows in any mode; this compiles none
         return certify(eager, self.slots, self.plan.batch_sizes[-1:])
 
     def profile(self, n: int | None = None) -> Profile:
-        """What a row of n slots (all of them if None) costs, and what it waits for: see `fastdiff.profile`."""
-        sizes = self.steps.graphs.sizes if self.steps.graphs else self.plan.batch_sizes
+        """What a row of n slots (all of them if None) costs, and what it waits for: see `fastdiff.profile`.
+
+        Of a schedule's first segment, where there are two.
+        """
+        sizes = self.steps.graphs.sizes() if self.steps.graphs else self.plan.batch_sizes
         size = smallest(sizes, self.plan.max_batch if n is None else n)
         with self.session():
             return profile_step(
@@ -108,22 +120,31 @@ class Runtime:
             )
 
     def _weights(self) -> list[Tensor]:
-        return [*self.family.model.parameters(), *self.family.model.buffers()]
+        return [tensor for model in self.family.models for tensor in (*model.parameters(), *model.buffers())]
 
     def memory(self) -> MemoryUse:
         """What this runtime takes, in bytes."""
         graphs, cuda = self.steps.graphs, self.family.device.type == "cuda"
+        captured = [graphs.sizes(segment) for segment in range(self.plan.segments)] if graphs else []
+        graph_bytes: Counter[int] = Counter()
+        for (_, n), built in self.steps.built.items():
+            graph_bytes[n] += built.torch_bytes + built.driver_bytes
         free, total = torch.cuda.mem_get_info(self.family.device) if cuda else (0, 0)
         return MemoryUse(
             weights_bytes=sum(tensor.nbytes for tensor in self._weights()),
             state_bytes=self.slots.nbytes,
             conditioning_bytes=self.slots.conditioning_bytes,
             pool_bytes=graphs.pool_bytes if graphs else None,
-            graph_bytes={n: built.torch_bytes + built.driver_bytes for n, built in self.steps.built.items()},
-            left_out=tuple(sorted(set(self.plan.batch_sizes) - set(graphs.sizes))) if graphs else (),
+            graph_bytes=graph_bytes,
+            left_out=tuple(n for n in self.plan.batch_sizes if any(n not in sizes for sizes in captured)),
             reserved_bytes=torch.cuda.memory_reserved(self.family.device) if cuda else None,
             driver_bytes=total - free if cuda else None,
         )
+
+    @property
+    def counters(self) -> Counters | None:
+        """Of replays, captures and evictions; None in a mode without graphs."""
+        return self.steps.graphs.counters if self.steps.graphs else None
 
     def recapture(self) -> None:
         """Capture, or compile, and certify anew, after weights were replaced, moved, wrapped or rescaled."""
@@ -179,7 +200,7 @@ class Runtime:
 
         `conditioning`: [N, ...] by the plan's names; `table` and `guidance` (1 is none) for all or one each;
         `generators`, one each, where a table draws noise: they are read and not moved on. Returns [N, C, H, W] in the
-        plan's dtype.
+        dtype of the pipeline's latents.
         """
         count = len(latents)
         tables = [table] * count if isinstance(table, StepTable) else list(table)
@@ -195,7 +216,7 @@ class Runtime:
                 table=tables[i],
                 generator=generators[i] if generators else None,
                 latents=tables[i].init(latents[i]),
-                dtype=self.plan.dtype,
+                dtype=self.family.latent_dtype,
             )
             for i in range(count)
         ]
@@ -208,8 +229,12 @@ class Runtime:
     def _check(self, request: Request) -> None:
         if not isinstance(request, Request):
             raise TypeError(f"expected a fastdiff.Request, got {type(request).__name__}")
+        if request.guidance_scale_2 is not None and self.plan.segments == 1:
+            raise ValueError("guidance_scale_2: expected none: this pipeline has one model for all rows; leave it out")
         self.family.check(request)
-        self.plan.check(stages.table_of(self.family, request))
+        table = stages.table_of(self.family, request)
+        self.plan.check(table)
+        self.family.boundary(table)  # which refuses what would cross it twice
 
     def _prepare(self, request: Request) -> RequestState:
         state = RequestState(request=request)
@@ -242,15 +267,16 @@ class Runtime:
 
 
 def _plan_for(
-    family: Family, max_batch: int | None, mode: str, plan: CapturePlan | None, capacities: Mapping[str, Any]
+    family: Family, max_batch: int | None, mode: Mode, *, plan: CapturePlan | None, capacities: Mapping[str, Any]
 ) -> CapturePlan:
     """The given plan, or the family's own, with `capacities` in place of its fields."""
     if plan is not None:
         if max_batch is not None:
             raise ValueError("expected at most one of plan and max_batch; a plan has batch_sizes")
-        for name in ("latent_shape", "dtype", "conditioning"):
-            if getattr(plan, name) != getattr(family, name):
-                raise PlanMismatch(f"{name}: the pipeline has {getattr(family, name)}, the plan {getattr(plan, name)}")
+        own = {name: getattr(family, name) for name in ("latent_shape", "dtype", "conditioning")}
+        for name, value in {**own, "segments": len(family.denoisers)}.items():
+            if getattr(plan, name) != value:
+                raise PlanMismatch(f"{name}: the pipeline has {value}, the plan {getattr(plan, name)}")
         return replace(plan, **capacities)
     if max_batch is None:
         max_batch = 8
@@ -263,6 +289,7 @@ def _plan_for(
         latent_shape=family.latent_shape,
         dtype=family.dtype,
         conditioning=family.conditioning,
+        segments=len(family.denoisers),
         **{"batch_sizes": tuple(sorted(sizes)), **capacities},
     )
 
@@ -274,6 +301,7 @@ class _Occupant:
     state: RequestState  # as loaded; the slot has the latents since
     row: int
     end: int  # rows of the table
+    boundary: int  # of them in the first segment
     generator: torch.Generator | None  # after all that was drawn ahead
     drawn_from: int  # the first row of the noise in the ring
     drawn_to: int  # and the row after its last
@@ -282,6 +310,15 @@ class _Occupant:
     @property
     def table(self) -> StepTable:
         return self.state.prepared[0]
+
+    @property
+    def segment(self) -> int:
+        """Of the row to run next."""
+        return int(self.row >= self.boundary)
+
+    def after(self, rows: int) -> int:
+        """The row after a call that advances each slot by so many: it ends with the segment."""
+        return min(self.row + rows, self.end if self.segment else self.boundary)
 
 
 class Session:
@@ -299,7 +336,7 @@ class Session:
             raise RuntimeError("this runtime was closed; build another")
         runtime._holder = threading.get_ident()
         self._runtime: Runtime | None = runtime
-        self._slots, self._steps, self._plan = runtime.slots, runtime.steps, runtime.plan
+        self._family, self._slots, self._steps, self._plan = runtime.family, runtime.slots, runtime.steps, runtime.plan
         if runtime._done is not None:  # another stream's work on the same slots comes first
             torch.cuda.current_stream(self._slots.device).wait_event(runtime._done)
         self._occupants: dict[int, _Occupant] = {}
@@ -326,9 +363,10 @@ class Session:
             if state.generator is None:
                 raise ValueError(f"{table.source} draws noise: the state needs a generator")
             generator = copy_generator(state.generator)
+        boundary = self._family.boundary(table)
         with torch.no_grad():  # a host's latents or embeddings may want gradients; static memory must not
-            self._slots.load(slot, state)
-        self._occupants[slot] = _Occupant(state, state.row, len(table), generator, state.row, state.row)
+            self._slots.load(slot, state, boundary)
+        self._occupants[slot] = _Occupant(state, state.row, len(table), boundary, generator, state.row, state.row)
         self._new = True
         return slot
 
@@ -346,11 +384,12 @@ class Session:
         running = {slot: one for slot, one in self._occupants.items() if one.row < one.end}
         for slot, occupant in running.items():
             self._draw_ahead(slot, occupant)
-        if running:
-            with torch.no_grad():
-                self._steps(max(running) + 1)
+        with torch.no_grad():
+            for segment in reversed(range(self._plan.segments)):  # or a slot at the boundary would go on in the second
+                if members := [slot for slot, one in running.items() if one.segment == segment]:
+                    self._steps(max(members) + 1, segment)
         for occupant in running.values():
-            occupant.row = min(occupant.row + self._steps.rows_per_call, occupant.end)
+            occupant.row = occupant.after(self._steps.rows_per_call)
         return sorted(slot for slot, one in self._occupants.items() if one.row == one.end)
 
     def take(self, slot: int) -> RequestState:

@@ -44,10 +44,11 @@ class Batch(NamedTuple):
     slot: Tensor  # [n] int64: 0, 1, ..., n - 1
     table: Tensor  # [n, R + 1, F] float32: packed rows; the row after a request's last repeats it, and is never applied
     row: Tensor  # [n] int64: the row to run next
-    end: Tensor  # [n] int64: the request's rows; an idle slot has none
+    end: Tensor  # [n] int64: the row after the last of this segment; 0 in an idle slot
     planes: tuple[Tensor, ...]  # [n, k, P] float32 each: the K latents, in one plane or in one each
     noise: Tensor  # [n, D, Z, P] float32: a ring, row i at i mod D
     conditioning: dict[str, Tensor]  # [n, ...] each
+    begin: Tensor | None = None  # [n] int64: the first row of this segment; None in the first
     static: Static | None = None
 
     def current(self) -> Row:
@@ -121,19 +122,28 @@ class Slots:
                 for name, spec in plan.conditioning.items()
             },
         )
-        self._batches = {size: self._view(slice(size)) for size in plan.batch_sizes}
+        self._boundary = torch.zeros(slots, dtype=torch.int64, device=device) if plan.segments == 2 else None
+        self._batches = {
+            (segment, size): self._view(slice(size), segment)
+            for segment in range(plan.segments)
+            for size in plan.batch_sizes
+        }
         self._planar = planar
         self._places = [self._view(slot) for slot in range(slots)]  # made once: a view costs as much as a copy
         self._memories = [[self._memory(place, k) for k in range(plan.memory + 1)] for place in self._places]
         self._has_noise = [False] * slots
 
-    def _view(self, part: slice | int) -> Batch:
+    def _view(self, part: slice | int, segment: int = -1) -> Batch:
         own = self._all
-        return own._replace(
+        view = own._replace(
             **{name: getattr(own, name)[part] for name in ("slot", "table", "row", "end", "noise")},
             planes=tuple(plane[part] for plane in own.planes),
             conditioning={name: tensor[part] for name, tensor in own.conditioning.items()},
         )
+        if self._boundary is None or segment < 0:
+            return view
+        boundary = self._boundary[part]
+        return view._replace(begin=boundary) if segment else view._replace(end=boundary)
 
     def _memory(self, place: Batch, k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Where a slot holds k latents, and the latents that it then has to spare."""
@@ -142,9 +152,9 @@ class Slots:
         (plane,) = place.planes
         return (plane[:k],), (plane[k:],) if k < len(plane) else ()
 
-    def batch(self, n: int) -> Batch:
-        """Slots [0, n), for an n of the plan's batch sizes."""
-        return self._batches[n]
+    def batch(self, n: int, segment: int = 0) -> Batch:
+        """Slots [0, n), for an n of the plan's batch sizes; a step over it runs the rows of one segment alone."""
+        return self._batches[segment, n]
 
     @property
     def nbytes(self) -> int:
@@ -159,17 +169,25 @@ class Slots:
     def tensors(self) -> list[Tensor]:
         """Every static tensor, for accounting and for tests of addresses."""
         own = self._all
-        return [own.slot, own.table, own.row, own.end, *own.planes, own.noise, *own.conditioning.values()]
+        counters = [own.slot, own.row, own.end, *([] if self._boundary is None else [self._boundary])]
+        return [*counters, own.table, *own.planes, own.noise, *own.conditioning.values()]
 
-    def load(self, slot: int, state: RequestState) -> None:
-        """Write all of a request's state into `slot`, over whatever was there: nothing of a former request stays."""
+    def load(self, slot: int, state: RequestState, boundary: int | None = None) -> None:
+        """Write all of a request's state into `slot`, over whatever was there: nothing of a former request stays.
+
+        `boundary` is the first row of the second segment; None leaves all rows to the first.
+        """
         table, latents = state.prepared
         self.plan.check(table)
         place = self._places[slot]
+        if boundary is None:
+            boundary = len(table)
         packed = pack(table, place.layout)
         place.table[: len(packed)].copy_(packed, non_blocking=True)
         if state.guidance_scale != 1.0:
             place.table[: len(packed), GUIDANCE].fill_(state.guidance_scale)
+        if state.guidance_scale_2 is not None:
+            place.table[boundary : len(packed), GUIDANCE].fill_(state.guidance_scale_2)
         own = latents.flatten(1)  # [k, P]
         held, idle = self._memories[slot][len(own)]
         for plane, latent in zip(held, own.split(1) if self._planar else (own,), strict=True):
@@ -183,6 +201,8 @@ class Slots:
             tensor.copy_(state.conditioning[name], non_blocking=True)
         place.row.fill_(state.row)
         place.end.fill_(len(table))
+        if self._boundary is not None:
+            self._boundary[slot].fill_(boundary)
 
     def put_noise(self, slot: int, row: int, noise: Tensor) -> None:
         """Write the draws [rows, Z, *latent_shape] of `row` and the rows after it into the slot's ring."""
@@ -200,3 +220,5 @@ class Slots:
     def park(self, slot: int) -> None:
         """Stop the slot where it is: steps pass it by until the next load."""
         self._places[slot].end.fill_(0)
+        if self._boundary is not None:
+            self._boundary[slot].fill_(0)

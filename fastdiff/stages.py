@@ -25,7 +25,8 @@ def encode(family: Family, state: RequestState) -> RequestState:
         state,
         conditioning=conditioning,
         guidance_scale=family.guidance(request),
-        dtype=family.dtype,
+        guidance_scale_2=family.guidance_2(request),
+        dtype=family.latent_dtype,
     )
 
 
@@ -43,9 +44,9 @@ def prepare_latents(family: Family, state: RequestState) -> RequestState:
     request = _asked(state)
     generator = seeded(request.seed)
     if request.latents is None:
-        sample = family.noise(lambda shape: normal(generator, shape, family.dtype, family.device))
+        sample = family.noise(lambda shape: normal(generator, shape, family.latent_dtype, family.device))
     else:
-        sample = request.latents.to(family.device, family.dtype)
+        sample = request.latents.to(family.device, family.latent_dtype)
     latents = state.table.init(sample * state.table.init_noise_sigma)
     return replace(state, generator=generator, latents=latents, row=0)
 
@@ -58,7 +59,9 @@ def denoise(family: Family, state: RequestState, rows: int | None = None) -> Req
     state = state.fork()
     table, latents = state.prepared
     conditioning = {name: tensor[None] for name, tensor in state.conditioning.items()}
-    guidance = torch.tensor([state.guidance_scale], device=latents.device)
+    second = state.guidance_scale if state.guidance_scale_2 is None else state.guidance_scale_2
+    guidance = torch.tensor([[state.guidance_scale], [second]], device=latents.device)  # by segment
+    boundary = family.boundary(table)
     end = len(table) if rows is None else min(len(table), state.row + rows)
     with torch.no_grad():
         for row in range(state.row, end):
@@ -67,9 +70,10 @@ def denoise(family: Family, state: RequestState, rows: int | None = None) -> Req
                 if state.generator is None:
                     raise ValueError(f"{table.source} draws noise at row {row}, and the state has no generator")
                 noise = row_noise(state.generator, table.draws[row], latents.shape[1:], state.dtype, latents.device)
-            sample = table.model_input(row, latents).to(state.dtype)[None]
+            sample = table.model_input(row, latents).to(family.dtype)[None]
             timestep = table.timesteps[row : row + 1].to(latents.device, torch.float32)
-            model_output = family.denoiser(sample, timestep, conditioning, guidance)[0]
+            segment = int(row >= boundary)
+            model_output = family.denoisers[segment](sample, timestep, conditioning, guidance[segment])[0]
             latents = table.advance(row, latents, model_output, noise)
     return replace(state, latents=latents, row=end)
 

@@ -25,12 +25,13 @@ class RequestState:
 
     request: Request | None  # None after load: a file carries what is left to do, not what was asked
     guidance_scale: float = 1.0
+    guidance_scale_2: float | None = None  # of the rows of the second segment; None: the same
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)  # one slot's tensors by name
     table: StepTable | None = None
     generator: torch.Generator | None = None  # in the state that it has before `row` draws
     latents: Tensor | None = None  # [K, C, H, W] float32: the sample, then the sampler's memory
     row: int = 0
-    dtype: torch.dtype = torch.float32  # the pipeline's: of noise draws and of the returned sample
+    dtype: torch.dtype = torch.float32  # of noise draws and of the returned sample, as the pipeline has them
     image: Tensor | None = None  # [C, H, W] float32 in [0, 1], on the CPU
 
     @property
@@ -62,7 +63,8 @@ class RequestState:
     def restart(self, sample: Tensor | None = None) -> RequestState:
         """This request at row 0 again with cleared memory and the same table: the next chunk of a causal pipeline.
 
-        `sample` [C, H, W] is standard normal; None draws it from the request's generator, which moves on.
+        `sample` [C, H, W] is standard normal; None draws it from the request's generator, which moves on, in the shape
+        that the latents have here, packed or not.
         """
         table, latents = self.prepared
         if sample is None:
@@ -81,6 +83,7 @@ class RequestState:
         if self.generator is not None:
             tensors["generator"] = self.generator.get_state()
         fields = {"row": self.row, "guidance_scale": self.guidance_scale, "dtype": str(self.dtype)[6:]}
+        fields["guidance_scale_2"] = self.guidance_scale_2
         fields["generator"] = self.generator.device.type if self.generator else None
         save_file(tensors, path, metadata | {"fastdiff.RequestState": FORMAT_VERSION, "fields": json.dumps(fields)})
 
@@ -104,6 +107,7 @@ class RequestState:
         return cls(
             request=None,
             guidance_scale=fields["guidance_scale"],
+            guidance_scale_2=fields.get("guidance_scale_2"),
             conditioning={name: tensor.to(device) for name, tensor in _under("conditioning.", tensors).items()},
             table=StepTable.from_tensors(_under("table.", tensors), metadata),
             generator=generator,

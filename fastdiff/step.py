@@ -23,14 +23,17 @@ def update(batch: Batch, row: Row, model_output: Tensor) -> None:
     eps = batch.noise[batch.slot, batch.row % batch.noise.shape[1]]  # [n, Z, P]
     terms = (*latents, model_output, phi, *eps[:, :, None].unbind(1))
 
-    active = (batch.row < batch.end)[:, None, None]
+    active = batch.row < batch.end
+    if batch.begin is not None:
+        active = active & (batch.row >= batch.begin)
+    advances = active[:, None, None]
     advanced = [
-        torch.where(active, weighted_sum(weights, terms), plane)  # never a product: 0 * nan is nan
+        torch.where(advances, weighted_sum(weights, terms), plane)  # never a product: 0 * nan is nan
         for weights, plane in zip(row.weights, batch.planes, strict=True)
     ]
     for plane, latent in zip(batch.planes, advanced, strict=True):
         plane.copy_(latent)
-    batch.row.add_(active.view(n))
+    batch.row.add_(active)
 
 
 def denoise_step(denoiser: Denoiser, batch: Batch, update: Callable[[Batch, Row, Tensor], None] = update) -> None:

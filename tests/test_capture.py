@@ -21,7 +21,7 @@ from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 from fastdiff.step import denoise_step
 from tests.conftest import LATENT_SHAPE, SAMPLERS, toy_model
-from tests.test_step import load_all, mixed_states
+from tests.test_step import late_model, load_all, mixed_states
 
 N = len(SAMPLERS)
 PLAN = CapturePlan(latent_shape=LATENT_SHAPE, dtype=torch.float32, batch_sizes=(1, 3, N), rows=12)
@@ -78,22 +78,25 @@ def test_views_made_beforehand_and_planes_apart_change_no_bit(planar: bool) -> N
 
 @pytest.mark.compiles
 def test_compiled_is_eager_and_no_coefficient_is_frozen() -> None:
-    """One compiled callable serves tables, rows and latents that it was not compiled with."""
-    eager_slots, compiled_slots = Slots(PLAN, "cpu"), Slots(PLAN, "cpu", planar=True)
-    eager, inductor = Steps(toy_model, eager_slots, "eager"), Steps(toy_model, compiled_slots, "compiled")
+    """One compiled callable a segment serves tables, rows and latents that it was not compiled with."""
+    plan = replace(PLAN, segments=2)
+    models = (toy_model, late_model)
+    eager_slots, compiled_slots = Slots(plan, "cpu"), Slots(plan, "cpu", planar=True)
+    eager, inductor = Steps(models, eager_slots, "eager"), Steps(models, compiled_slots, "compiled")
     for order in (1, -1):  # the second time every slot gets another table
         states = mixed_states()[::order]
         for slots in (eager_slots, compiled_slots):
-            load_all(slots, states)
+            load_all(slots, states, boundary=2)
         for _ in range(10):
             with torch.no_grad():
-                eager(N)
-                inductor(N)
+                for segment in (1, 0):
+                    eager(N, segment)
+                    inductor(N, segment)
             for slot in range(N):
                 torch.testing.assert_close(
                     compiled_slots.read(slot, PLAN.memory), eager_slots.read(slot, PLAN.memory), rtol=1e-5, atol=1e-5
                 )
-    assert inductor.built[N].compile_s > eager.built[N].compile_s == 0
+    assert inductor.built[0, N].compile_s > eager.built[0, N].compile_s == 0
 
 
 @pytest.mark.compiles
@@ -155,6 +158,7 @@ def test_shapes_are_static_whatever_was_compiled_before() -> None:
 
 @pytest.mark.compiles
 def test_a_compiled_step_sees_weights_written_in_place_and_refuses_others() -> None:
+    torch.manual_seed(0)
     model = Blocks()
     linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
     slots, reference = Slots(PLAN, "cpu", planar=True), Slots(PLAN, "cpu")
@@ -260,21 +264,23 @@ def cuda_slots(**changes: Any) -> Slots:
 @pytest.mark.parametrize("how", ["none", "default"])
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_captured_is_the_same_callable_uncaptured_bitwise(how: Any, unroll: int) -> None:
-    """Mixed samplers, then other tables in the same slots."""
-    uncaptured, captured = cuda_slots(compile=how, unroll=unroll), cuda_slots(compile=how, unroll=unroll)
-    plain = Steps(toy_model, uncaptured, "eager" if how == "none" else "compiled")
-    graphs = Steps(toy_model, captured, "step-graph" if unroll == 1 else "loop-graph")
+    """Mixed samplers in two segments, then other tables in the same slots."""
+    changes: dict[str, Any] = {"compile": how, "unroll": unroll, "segments": 2}
+    uncaptured, captured, models = cuda_slots(**changes), cuda_slots(**changes), (toy_model, late_model)
+    plain = Steps(models, uncaptured, "eager" if how == "none" else "compiled")
+    graphs = Steps(models, captured, "step-graph" if unroll == 1 else "loop-graph")
     assert graphs.graphs is not None
-    assert graphs.graphs.sizes == PLAN.batch_sizes
+    assert graphs.graphs.sizes(0) == graphs.graphs.sizes(1) == PLAN.batch_sizes
     for order in (1, -1):
         states = mixed_states()[::order]
         for slots in (uncaptured, captured):
-            load_all(slots, states)
-        for _ in range(12 // unroll):
+            load_all(slots, states, boundary=2)
+        for _ in range(12 // unroll + 1):  # a call ends with the segment
             with torch.no_grad():
-                for _ in range(unroll):
-                    plain(N)
-                graphs(N)
+                for segment in (1, 0):
+                    for _ in range(unroll):
+                        plain(N, segment)
+                    graphs(N, segment)
             assert equal_slots(uncaptured, captured)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,3 +102,14 @@ def test_a_runtime_over_a_coupled_model_is_refused(pipe: Any) -> None:
     with pytest.raises(RowsCoupled, match="couples the requests of a batch"):
         fastdiff.Runtime(coupled, max_batch=2)
     assert fastdiff.Runtime(coupled, max_batch=1).certificate is None
+
+
+def test_a_second_segments_model_is_asked_too() -> None:
+    def coupled(sample: Tensor, timestep: Tensor, conditioning: Any, guidance: Tensor) -> Tensor:
+        return sample - sample.mean(dim=0, keepdim=True)
+
+    slots = Slots(replace(PLAN, segments=2), "cpu")
+    certificate = certify(Steps((conditioned, conditioned), slots), slots, (3,))
+    assert certificate.steps == 2 * (1 + 2 * 3)
+    with pytest.raises(RowsCoupled, match="slot 0 of 3 changed its result"):
+        certify(Steps((conditioned, coupled), slots), slots, (3,))

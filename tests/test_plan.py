@@ -19,7 +19,16 @@ from fastdiff.runtime import Runtime
 from fastdiff.slots import Slots
 
 REPOSITORY = Path(__file__).parents[1]
-SHIPPED = ["digits", "dit-xl-256", "flux-dev-1024", "qwen-image-1024", "sd15-512", "sd35-medium-1024", "sdxl-1024"]
+SHIPPED = [
+    "digits",
+    "dit-xl-256",
+    "flux-dev-1024",
+    "qwen-image-1024",
+    "sd15-512",
+    "sd35-medium-1024",
+    "sdxl-1024",
+    "wan22-a14b-480p",
+]
 
 
 def plan(**fields: Any) -> CapturePlan:
@@ -78,7 +87,7 @@ def test_every_plan_of_the_repository_loads_by_name_and_by_path() -> None:
         own = CapturePlan.load(name)
         assert own == CapturePlan.load(REPOSITORY / "graphs" / f"{name}.toml")
         assert own.dtype == (torch.float32 if name == "digits" else torch.bfloat16)
-        assert own.regional == name.endswith("-1024")
+        assert own.regional == name.endswith(("-1024", "-480p"))
     flux = CapturePlan.load("flux-dev-1024")
     assert (flux.latent_shape, flux.batch_sizes) == ((4096, 64), (1,))
     assert flux.conditioning["pooled_prompt_embeds"] == TensorSpec((768,), torch.bfloat16)

@@ -83,7 +83,8 @@ def test_pndm_and_unclip_raise_at_few_steps_as_diffusers_does(matrix: Matrix) ->
 
 def test_the_coverage_page_is_up_to_date(matrix: Matrix) -> None:
     committed = (REPOSITORY / "reports" / "coverage.md").read_text()
-    assert committed == oracle.coverage(matrix), "run `make coverage`"
+    classes, _, _ = committed.partition("\n## Pipelines\n")  # of which tests/families/test_coverage.py has the rest
+    assert classes == oracle.coverage(matrix), "run `make coverage`"
 
 
 def test_the_oracle_sees_small_errors() -> None:

@@ -249,6 +249,21 @@ def test_a_compute_bound_row_stays_eager_and_says_what_graphs_would_cost(graph_b
     )
 
 
+def test_rows_unrolled_into_one_graph_are_a_loop_graph() -> None:
+    assert choose(LAUNCH_BOUND, unroll=4).mode == "loop-graph"
+    assert choose(COMPUTE_BOUND, unroll=4).mode == "eager"
+
+
+@pytest.mark.parametrize(("faster", "mode"), [(1.3, "compiled"), (1.01, "eager"), (0.8, "eager")])
+def test_where_graphs_do_not_pay_the_faster_of_compiled_and_eager_is_chosen(faster: float, mode: str) -> None:
+    compiled = replace(COMPUTE_BOUND, row_s=COMPUTE_BOUND.row_s / faster)
+    choice = choose(COMPUTE_BOUND, compiled=compiled)
+    assert choice.mode == mode
+    assert choice.gain == (pytest.approx(faster) if mode == "compiled" else 1.0)
+    assert f"{compiled.row_s * 1e3:.3g} ms compiled" in choice.reason
+    assert choose(LAUNCH_BOUND, compiled=compiled).mode == "step-graph"  # a graph holds compiled kernels
+
+
 def test_host_and_device_alike_are_compute_bound() -> None:
     assert choose(replace(LAUNCH_BOUND, host_s=0.003)).mode == "eager"
 

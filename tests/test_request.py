@@ -39,7 +39,6 @@ def test_the_schedule_is_what_tabulate_takes() -> None:
         "num_inference_steps": 3,
         "eta": 1.0,
     }
-    assert not Request(prompt="x", guidance_scale=1.0).guided
 
 
 def test_steps_are_another_default_only_where_the_request_says_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from fastdiff import (
     stages,
 )
 from fastdiff.noise import copy_generator
+from fastdiff.runtime import _Occupant
 from fastdiff.stages import scheduler_of
 
 MIXED = [
@@ -51,17 +53,16 @@ def diffusers_image(pipe: Any, request: Request) -> torch.Tensor:
     template = scheduler_of(pipe.scheduler, request.scheduler)
     own = type(pipe)(**components, scheduler=type(template).from_config(template.config), requires_safety_checker=False)
     own.set_progress_bar_config(disable=True)
-    steps = {} if request.steps is None else {"num_inference_steps": request.steps}
+    asked = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}
     output = own(
         request.prompt,
         negative_prompt=request.negative_prompt,
-        guidance_scale=request.guidance_scale,
         timesteps=request.timesteps,
         sigmas=request.sigmas,
         eta=request.scheduler_options.get("eta", 0.0),
         generator=torch.Generator().manual_seed(request.seed),
         output_type="pt",
-        **steps,
+        **{name: value for name, value in asked.items() if value is not None},
     )
     return output.images[0]  # type: ignore[no-any-return]  # diffusers is untyped
 
@@ -159,12 +160,25 @@ def test_another_size_than_the_models_own(pipe: Any) -> None:
 
 
 def test_auto_says_what_it_chose_and_why(pipe: Any) -> None:
-    runtime = Runtime(pipe, max_batch=2, mode="auto")
+    runtime = Runtime(pipe, max_batch=2, mode="auto", compile="none")
     assert runtime.choice is not None
     assert (runtime.choice.mode, runtime.steps.mode) == ("eager", "eager")
     assert "graphs need a CUDA device" in runtime.choice.reason
     assert runtime.generate([MIXED[0]])[0].mode == "eager"
-    assert Runtime(pipe, max_batch=2).choice is None
+    plain = Runtime(pipe, max_batch=2)
+    assert plain.choice is None
+    assert plain.counters is None
+
+
+@pytest.mark.compiles
+def test_auto_compiles_where_graphs_do_not_pay_and_takes_the_faster(pipe: Any) -> None:
+    runtime = Runtime(pipe, max_batch=2, mode="auto", batch_sizes=(2,))
+    assert runtime.choice is not None
+    assert runtime.choice.mode == runtime.steps.mode == runtime.generate([MIXED[0]])[0].mode
+    assert re.fullmatch(
+        "graphs need a CUDA device, and the model is not on one; a row takes [0-9.]+ ms compiled and [0-9.]+ ms eager",
+        runtime.choice.reason,
+    )
 
 
 def test_a_plan_is_taken_as_it_is_or_refused(pipe: Any) -> None:
@@ -218,7 +232,7 @@ def test_denoise_is_generate_without_the_stages(runtime: Runtime, scheduler: str
         torch.stack([state.prepared[1][0] for state in states]),
         {"prompt_embeds": torch.stack([state.conditioning["prompt_embeds"] for state in states])},
         table,
-        requests[0].guidance_scale,
+        states[0].guidance_scale,
         generators=generators,
     )
     expected = torch.stack([result.latents for result in runtime.generate(requests)])
@@ -435,3 +449,13 @@ def test_compiled_images_are_the_eager_ones(pipe: Any, runtime: Runtime) -> None
         assert reference.image is not None
         assert (own.image - reference.image).abs().max() <= 1e-4
     assert fastdiff.table_cache.info().size > 0
+
+
+def test_a_call_of_several_rows_ends_with_its_segment() -> None:
+    """What a loop graph of four rows makes of a slot of ten rows, six of them in the first segment."""
+    one = _Occupant(RequestState(request=None), row=0, end=10, boundary=6, generator=None, drawn_from=0, drawn_to=0)
+    rows = []
+    while one.row < one.end:
+        rows.append((one.segment, one.row))
+        one.row = one.after(4)
+    assert rows == [(0, 0), (0, 4), (1, 6)]

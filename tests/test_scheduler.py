@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -849,3 +850,22 @@ def test_saving_a_pipeline_keeps_its_scheduler(pipe: Any, tmp_path: Path) -> Non
     finally:
         pipe.scheduler = own
     assert type(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path).scheduler) is type(own)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete"])
+def test_probing_logs_nothing_of_what_no_user_did(name: str) -> None:
+    """Some schedulers warn when `step` comes without `scale_model_input` before it."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        fastdiff.table_cache.clear()
+        scheduler = getattr(diffusers, f"{name}Scheduler")(num_train_timesteps=997)  # rehearsed by no other test
+        handle = table_scheduler(scheduler)
+        handle.set_timesteps(3)
+        loop(handle, handle.timesteps)
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in records] == []

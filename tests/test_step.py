@@ -28,9 +28,9 @@ def mixed_states(steps: int = 5) -> list[RequestState]:
     return [random_state(table(name, steps), seed) for seed, name in enumerate(SAMPLERS)]
 
 
-def load_all(slots: Slots, states: list[RequestState]) -> None:
+def load_all(slots: Slots, states: list[RequestState], boundary: int | None = None) -> None:
     for slot, state in enumerate(states):
-        slots.load(slot, state)
+        slots.load(slot, state, boundary)
         put_all_noise(slots, slot, state)
 
 
@@ -41,8 +41,15 @@ def put_all_noise(slots: Slots, slot: int, state: RequestState) -> None:
     slots.put_noise(slot, 0, noise)
 
 
-def reference_run(state: RequestState, guidance: float = 1.0) -> list[Tensor]:
-    """The latents [K, ...] after each row, by `StepTable.advance` alone."""
+def late_model(sample: Tensor, timestep: Tensor, conditioning: Any, guidance: Tensor) -> Tensor:
+    """What the rows of a second segment call."""
+    return 0.5 * toy_model(sample, timestep, conditioning, guidance) - 0.1
+
+
+def reference_run(
+    state: RequestState, guidance: float = 1.0, boundary: int | None = None, guidance_2: float = 1.0
+) -> list[Tensor]:
+    """The latents [K, ...] after each row, by `StepTable.advance` alone; from `boundary` on by the late model."""
     own, latents = state.prepared
     assert state.generator is not None
     generator = copy_generator(state.generator)
@@ -51,7 +58,9 @@ def reference_run(state: RequestState, guidance: float = 1.0) -> list[Tensor]:
         noise = row_noise(generator, own.draws[row], LATENT_SHAPE, torch.float32, torch.device("cpu"))
         timestep = own.timesteps[row].float()[None]
         sample = own.model_input(row, latents)[None]
-        model_output = toy_model(sample, timestep, {}, torch.tensor([guidance]))[0]
+        late = boundary is not None and row >= boundary
+        model, scale = (late_model, guidance_2) if late else (toy_model, guidance)
+        model_output = model(sample, timestep, {}, torch.tensor([scale]))[0]
         latents = own.advance(row, latents, model_output, noise)
         after.append(latents)
     return after
@@ -66,6 +75,32 @@ def test_mixed_samplers_advance_as_their_tables_do() -> None:
         for slot, reference in enumerate(references):
             expected = reference[min(row, len(reference) - 1)]
             torch.testing.assert_close(slots.read(slot, len(expected)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_segments_rows_are_run_by_its_own_model_once() -> None:
+    """Slots cross their boundaries in different rows; the second segment goes first, so that none moves twice."""
+    slots, states = Slots(plan(segments=2), "cpu"), mixed_states()
+    boundaries = [slot % (len(state.prepared[0]) + 1) for slot, state in enumerate(states)]  # none and all among them
+    for slot, (state, boundary) in enumerate(zip(states, boundaries, strict=True)):
+        state.guidance_scale, state.guidance_scale_2 = 2.0, 3.0
+        slots.load(slot, state, boundary)
+        put_all_noise(slots, slot, state)
+    references = [reference_run(*one) for one in zip(states, [2.0] * N, boundaries, [3.0] * N, strict=True)]
+    for row in range(max(map(len, references))):
+        denoise_step(late_model, slots.batch(N, segment=1))
+        denoise_step(toy_model, slots.batch(N, segment=0))
+        for slot, reference in enumerate(references):
+            expected = reference[min(row, len(reference) - 1)]
+            torch.testing.assert_close(slots.read(slot, len(expected)), expected, rtol=1e-5, atol=1e-5)
+    before = [slots.read(slot, 1) for slot in range(N)]
+    for slot, state in enumerate(states):
+        slots.load(slot, state, boundaries[slot])
+        slots.park(slot)
+    for segment, model in enumerate((toy_model, late_model)):
+        denoise_step(model, slots.batch(N, segment))
+    for slot, state in enumerate(states):  # an idle slot is in neither
+        assert not torch.equal(slots.read(slot, 1), before[slot])
+        assert torch.equal(slots.read(slot, 1)[0], state.prepared[1][0])
 
 
 def test_guidance_is_the_slots_own() -> None:
