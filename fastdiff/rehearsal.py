@@ -203,6 +203,8 @@ class _Walk:
         ones = [torch.ones(self.shape, dtype=dtype) for dtype in self.recipe.dtypes]
         with _Actor(self.shape, self._draw, torch.clamp, stepper.refuse):
             forked = _fork(stepper.scheduler)
+            if hasattr(forked, "scale_model_input"):
+                forked.scale_model_input(ones[0], timesteps[0])  # without, some warn of what no user did
             short = forked.step(ones[1], timesteps[0], ones[0], **stepper.step_kwargs, return_dict=False)
             rows, before, scaled = [], [], []
             for row, timestep in enumerate(timesteps):

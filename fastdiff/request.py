@@ -21,7 +21,8 @@ class Request:
     `scheduler` is a diffusers scheduler, the name of one with or without `Scheduler` and `Discrete` ("Euler",
     "UniPCMultistep"), or None for the pipeline's; it is read and never changed. `timesteps` and `sigmas` are custom
     schedules in its terms, `scheduler_options` whatever else its `set_timesteps` and `step` take by name (`eta`,
-    `s_churn`, `mu`). A `guidance_scale` of 1 or less means no guidance, but to a model that takes it as an input.
+    `s_churn`, `mu`). `guidance_scale` is the default of the pipeline's own call where it is None; 1 or less means no
+    guidance, but to a model that takes it as an input.
     `seed` makes the initial latents and the step noise, in diffusers' order, so the same seed gives diffusers' image;
     `latents` replaces the first draw, in the shape that the family's latents have.
     """
@@ -29,7 +30,8 @@ class Request:
     prompt: str | None = None
     negative_prompt: str | None = None
     steps: int | None = None  # as many as the pipeline makes, 50 for most, unless timesteps or sigmas say otherwise
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None  # of the late rows, where these have a model of their own; None is the same
     guidance_rescale: float | None = None  # 0 to 1, SDXL's; None is 0
     seed: int = 0
     scheduler: Any = None
@@ -54,8 +56,10 @@ class Request:
             raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("expected at most one of timesteps and sigmas")
-        if not isinstance(self.guidance_scale, (int, float)) or not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            scale = getattr(self, name)
+            if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+                raise ValueError(f"{name}: expected a finite number, got {scale!r}")
         for pooled in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
             embeds = pooled.replace("pooled_", "")
             if getattr(self, pooled) is not None and getattr(self, embeds) is None:
@@ -65,11 +69,6 @@ class Request:
             raise ValueError(f"guidance_rescale: expected a number from 0 to 1, got {self.guidance_rescale!r}")
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected a 64-bit integer, got {self.seed!r}")
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance has any effect: diffusers' rule, scale > 1."""
-        return self.guidance_scale > 1.0
 
     def check_tensors(self, **shapes: tuple[int, ...]) -> None:
         """Raise unless the request's own tensors, by field, have these shapes, and finite values."""
@@ -102,8 +101,8 @@ class Result:
     """
 
     request: Request
-    latents: Tensor  # [C, H, W], in the pipeline's dtype, on its device
-    image: Tensor | None  # [C, H, W] float32 in [0, 1], on the CPU
+    latents: Tensor  # [C, H, W], of a video [C, F, H, W], in the pipeline's dtype, on its device
+    image: Tensor | None  # [C, H, W], of a video [F, C, H, W], float32 in [0, 1], on the CPU
     rows: int  # model evaluations
     mode: str  # how its steps ran, as chosen by the runtime where that was left to it
     error: Exception | None = None
@@ -112,6 +111,10 @@ class Result:
         """The image as a PIL.Image; raises the request's own error if it has none."""
         if self.image is None:
             raise self.error or ValueError("this result has no image")
+        if self.image.ndim == 4:
+            raise ValueError(
+                f"expected an image, got a video of {len(self.image)} frames; write it with a video library"
+            )
         from PIL import Image
 
         pixels = (self.image.permute(1, 2, 0) * 255).round().byte().numpy()  # [H, W, C]

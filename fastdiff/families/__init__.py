@@ -12,12 +12,16 @@ pipelines, and it answers with the pipeline's own components. In the order of a 
   nothing back, and treats every sample of the batch apart. What never changes, such as positions, is made beforehand;
 - `decode` makes the image of a finished latent.
 
+A pipeline with two experts (Wan 2.2) has a denoiser and a model for each, a `boundary` in each table, and may have a
+`guidance_2`; the others leave these to `PipelineFamily`.
+
 `PipelineFamily` in `base.py` has what most pipelines share. README.md beside it has a whole family as an example;
 `FAMILIES` takes new ones: `FAMILIES["MyPipeline"] = MyFamily`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -32,8 +36,10 @@ from fastdiff.families.qwen_image import QwenImage
 from fastdiff.families.stable_diffusion import StableDiffusion
 from fastdiff.families.stable_diffusion_3 import StableDiffusion3
 from fastdiff.families.stable_diffusion_xl import StableDiffusionXL
+from fastdiff.families.wan import Wan
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
+from fastdiff.table import StepTable
 
 
 class Family(Protocol):
@@ -55,6 +61,16 @@ class Family(Protocol):
         ...
 
     @property
+    def denoisers(self) -> tuple[Denoiser, ...]:
+        """One per segment of a schedule: the first for the early rows, a second where the late ones have their own."""
+        ...
+
+    @property
+    def models(self) -> tuple[torch.nn.Module, ...]:
+        """The module of each denoiser."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         ...
@@ -65,8 +81,13 @@ class Family(Protocol):
         ...
 
     @property
+    def latent_dtype(self) -> torch.dtype:
+        """Of noise draws and returned latents: in most pipelines the model's, in some float32 whatever that is."""
+        ...
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
-        """One request's latent, (C, H, W), or packed, (tokens, C)."""
+        """One request's latent, (C, H, W), of a video (C, F, H, W), or packed, (tokens, C)."""
         ...
 
     @property
@@ -86,6 +107,14 @@ class Family(Protocol):
         """The scale that the request's rows carry to the denoiser; 1 where classifier-free guidance is off."""
         ...
 
+    def guidance_2(self, request: Request) -> float | None:
+        """The scale that the rows of the second segment carry; None if it is the same."""
+        ...
+
+    def boundary(self, table: StepTable) -> int:
+        """How many rows the first segment makes: all of them, where there is no second one."""
+        ...
+
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
         """The keyword arguments of `fastdiff.tabulate` for the request on `scheduler`, as the pipeline passes them."""
         ...
@@ -95,22 +124,24 @@ class Family(Protocol):
         ...
 
     def decode(self, sample: Tensor) -> Tensor:
-        """The image [C, H, W] float32 in [0, 1] on the CPU, of a finished latent."""
+        """The image [C, H, W], or the video [F, C, H, W], float32 in [0, 1] on the CPU, of a finished latent."""
         ...
 
 
-FAMILIES: dict[str, Callable[[Any, int | None, int | None], Family]] = {
+FAMILIES: dict[str, Callable[..., Family]] = {
     "DiTPipeline": DiT,
     "FluxPipeline": Flux,
     "QwenImagePipeline": QwenImage,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "WanPipeline": Wan,
 }
 
 
-def family_of(pipe: Any, height: int | None = None, width: int | None = None) -> Family:
-    """The family that serves `pipe`, for images of `height` x `width` pixels (the model's own size if None)."""
+def family_of(pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None) -> Family:
+    """The family that serves `pipe`, for images of `height` x `width` pixels (the model's own size if None), or videos
+    of `num_frames` of them (as many as the pipeline's own call makes if None)."""
     family = FAMILIES.get(type(pipe).__name__)
     if family is None:
         raise PlanMismatch(
@@ -118,4 +149,8 @@ def family_of(pipe: Any, height: int | None = None, width: int | None = None) ->
             "pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler), and fastdiff/families/README.md shows how to "
             "add a family"
         )
-    return family(pipe, height, width)
+    if num_frames is None:
+        return family(pipe, height, width)
+    if "num_frames" not in inspect.signature(family).parameters:
+        raise PlanMismatch(f"num_frames: expected none, {type(pipe).__name__} makes images; leave it out")
+    return family(pipe, height, width, num_frames=num_frames)

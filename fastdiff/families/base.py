@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.denoiser import Denoiser
 from fastdiff.errors import PlanMismatch
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
+from fastdiff.table import StepTable
 
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -27,22 +30,59 @@ class PipelineFamily:
 
     latent_shape: tuple[int, ...]
     conditioning: Mapping[str, TensorSpec]
+    scale_name = "guidance_scale"  # of the argument of the pipeline's call that is a request's guidance_scale
 
     def __init__(self, pipe: Any, model: Any) -> None:
         self.pipe = pipe
         self.model: torch.nn.Module = model
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.latent_dtype = self.dtype
+        self.decoding = threading.Lock()  # autoencoders of videos carry frames over in attributes of their own
         self.encoding = threading.Lock()  # fast tokenizers raise "Already borrowed" when two threads call one
+        argument = inspect.signature(type(pipe).__call__).parameters.get(self.scale_name)
+        self.own_scale = 1.0 if argument is None else float(argument.default)
 
     @property
     def scheduler(self) -> Any:
         """The pipeline's own scheduler."""
         return self.pipe.scheduler
 
+    def scale(self, request: Request) -> float:
+        """The request's guidance scale; where it has none, the default of the pipeline's own call."""
+        return self.own_scale if request.guidance_scale is None else float(request.guidance_scale)
+
+    def guided(self, request: Request) -> bool:
+        """Whether classifier-free guidance has any effect: diffusers' rule, scale > 1."""
+        return self.scale(request) > 1.0
+
     def guidance(self, request: Request) -> float:
         """The request's scale, 1 where it is not guided."""
-        return float(request.guidance_scale) if request.guided else 1.0
+        return self.scale(request) if self.guided(request) else 1.0
+
+    def denoiser(
+        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
+    ) -> Tensor:
+        """The model and its guidance, as `fastdiff.denoiser.Denoiser` says."""
+        raise NotImplementedError
+
+    @property
+    def denoisers(self) -> tuple[Denoiser, ...]:
+        """One, for all rows."""
+        return (self.denoiser,)
+
+    @property
+    def models(self) -> tuple[torch.nn.Module, ...]:
+        """One, for all rows."""
+        return (self.model,)
+
+    def guidance_2(self, request: Request) -> float | None:
+        """None: there is no second segment."""
+        return None
+
+    def boundary(self, table: StepTable) -> int:
+        """All rows."""
+        return len(table)
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
         """What the request itself asks for."""

@@ -19,7 +19,7 @@ class DiT(PipelineFamily):
     """A `diffusers.DiTPipeline` as stages see it.
 
     A sampler whose first latents are not of unit variance (Euler, Heun, LMS) gets them scaled here, and an ancestral
-    one draws from the request's generator; `DiTPipeline` itself does neither. Its guidance is 4 where none is given.
+    one draws from the request's generator; `DiTPipeline` itself does neither.
     """
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
@@ -50,7 +50,7 @@ class DiT(PipelineFamily):
     def encode(self, request: Request) -> dict[str, Tensor]:
         """{"class_labels": [2]}: the null class, the request's. Without guidance both are the request's."""
         label = self._number(request.class_label)
-        unconditional = self.classes if request.guided else label
+        unconditional = self.classes if self.guided(request) else label
         return {"class_labels": torch.tensor([unconditional, label], device=self.device)}
 
     def decode(self, sample: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ class Flux(PackedFamily):
 
     `guidance_scale` is the distilled model's input, any number, and nothing to a model that has none (schnell).
     Classifier-free guidance, which would make two calls of every row for all requests alike, is refused.
-    The pipeline's own guidance is 3.5 where none is given.
     """
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
@@ -71,7 +70,7 @@ class Flux(PackedFamily):
 
     def guidance(self, request: Request) -> float:
         """The scale as it is: an input of the model, which has no off."""
-        return float(request.guidance_scale)
+        return self.scale(request)
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
         """Even sigmas, shifted by the number of image tokens."""

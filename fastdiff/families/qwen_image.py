@@ -23,8 +23,10 @@ class QwenImage(PackedFamily):
     """A `diffusers.QwenImagePipeline` as stages see it.
 
     `guidance_scale` is the pipeline's `true_cfg_scale`, and as there it guides nothing without a negative prompt, for
-    which " " will do. Its guidance is 4 where none is given.
+    which " " will do.
     """
+
+    scale_name = "true_cfg_scale"
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
         super().__init__(pipe, height, width)
@@ -59,7 +61,7 @@ class QwenImage(PackedFamily):
     def encode(self, request: Request) -> dict[str, Tensor]:
         """Unconditional, conditional, padded; without guidance both are the prompt's: `conditioning` has the shapes."""
         texts = [(request.prompt, request.prompt_embeds)] * 2
-        if self._guided(request):
+        if self.guided(request):
             texts[0] = (request.negative_prompt, request.negative_prompt_embeds)
         with self.encoding:
             found = [self._text(*text) for text in texts]
@@ -75,12 +77,10 @@ class QwenImage(PackedFamily):
         padded = pad(embeds[0].to(self.device, self.dtype), (0, 0, 0, TEXT_LENGTH - length))
         return padded, torch.arange(TEXT_LENGTH, device=self.device) < length
 
-    def guidance(self, request: Request) -> float:
-        """The request's scale, 1 where it is not guided or has no negative."""
-        return float(request.guidance_scale) if self._guided(request) else 1.0
-
-    def _guided(self, request: Request) -> bool:
-        return request.guided and (request.negative_prompt is not None or request.negative_prompt_embeds is not None)
+    def guided(self, request: Request) -> bool:
+        """Whether guidance has any effect: a scale > 1, and a negative prompt to guide away from."""
+        negatives = (request.negative_prompt, request.negative_prompt_embeds)
+        return super().guided(request) and any(negative is not None for negative in negatives)
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
         """Even sigmas, shifted by the number of image tokens."""
@@ -91,7 +91,9 @@ class QwenImage(PackedFamily):
         vae, config = self.pipe.vae, self.pipe.vae.config
         latents = self.unpacked(sample)  # [1, C, 1, H, W]
         mean, std = (latents.new_tensor(of).view(1, -1, 1, 1, 1) for of in (config.latents_mean, config.latents_std))
-        return self.pixels(vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0])
+        with self.decoding:
+            decoded = vae.decode(latents * std + mean, return_dict=False)[0]
+        return self.pixels(decoded[:, :, 0])
 
 
 def rotations(transformer: Any, rows: int, columns: int, text: int, device: torch.device) -> Rotations:

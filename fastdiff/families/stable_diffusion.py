@@ -39,7 +39,7 @@ class StableDiffusion(PipelineFamily):
         request.check_tensors(
             prompt_embeds=self.text_shape, negative_prompt_embeds=self.text_shape, latents=self.latent_shape
         )
-        if request.guided:
+        if self.guided(request):
             check_beside(request, "prompt_embeds", "negative_prompt_embeds")
 
     def encode(self, request: Request) -> dict[str, Tensor]:
@@ -49,12 +49,12 @@ class StableDiffusion(PipelineFamily):
                 request.prompt,
                 self.device,
                 num_images_per_prompt=1,
-                do_classifier_free_guidance=request.guided,
+                do_classifier_free_guidance=self.guided(request),
                 negative_prompt=request.negative_prompt,
                 prompt_embeds=batched(request.prompt_embeds),
                 negative_prompt_embeds=batched(request.negative_prompt_embeds),
             )
-        return {"prompt_embeds": self.both(unconditional if request.guided else None, conditional)}
+        return {"prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional)}
 
     def decode(self, sample: Tensor) -> Tensor:
         """The image [C, H, W] float32 in [0, 1] on the CPU."""

@@ -26,7 +26,7 @@ STEPS = 28
 
 
 class StableDiffusion3(PipelineFamily):
-    """A `diffusers.StableDiffusion3Pipeline` as stages see it. Its guidance is 7 where none is given."""
+    """A `diffusers.StableDiffusion3Pipeline` as stages see it."""
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
         super().__init__(pipe, pipe.transformer)
@@ -54,7 +54,7 @@ class StableDiffusion3(PipelineFamily):
         self.check_takes_no(request, "guidance_rescale")
         request.check_tensors(latents=self.latent_shape)
         check_pooled(request, self.text_shape, self.pooled_shape)
-        if request.guided:
+        if self.guided(request):
             check_beside(request, "prompt_embeds", *NEGATIVE_EMBEDDINGS)
 
     def encode(self, request: Request) -> dict[str, Tensor]:
@@ -65,14 +65,14 @@ class StableDiffusion3(PipelineFamily):
                 None,
                 None,
                 device=self.device,
-                do_classifier_free_guidance=request.guided,
+                do_classifier_free_guidance=self.guided(request),
                 negative_prompt=request.negative_prompt,
                 max_sequence_length=T5_LENGTH,
                 **pooled_embeddings(request),
             )
         return {
-            "prompt_embeds": self.both(unconditional if request.guided else None, conditional),
-            "pooled_prompt_embeds": self.both(negative_pooled if request.guided else None, pooled),
+            "prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional),
+            "pooled_prompt_embeds": self.both(negative_pooled if self.guided(request) else None, pooled),
         }
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:

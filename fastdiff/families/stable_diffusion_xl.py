@@ -25,8 +25,7 @@ from fastdiff.request import Request
 class StableDiffusionXL(PipelineFamily):
     """A `diffusers.StableDiffusionXLPipeline` as stages see it.
 
-    The original and the target size are the image's own, uncropped, as the pipeline has it by default. Its guidance is
-    5 where none is given.
+    The original and the target size are the image's own, uncropped, as the pipeline has it by default.
     """
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
@@ -63,7 +62,7 @@ class StableDiffusionXL(PipelineFamily):
         request.check_tensors(latents=self.latent_shape)
         check_pooled(request, self.text_shape, self.pooled_shape)
         zeros = self.pipe.config.force_zeros_for_empty_prompt and request.negative_prompt is None
-        if request.guided and not zeros:
+        if self.guided(request) and not zeros:
             check_beside(request, "prompt_embeds", *NEGATIVE_EMBEDDINGS)
 
     def encode(self, request: Request) -> dict[str, Tensor]:
@@ -72,15 +71,15 @@ class StableDiffusionXL(PipelineFamily):
             conditional, unconditional, pooled, negative_pooled = self.pipe.encode_prompt(
                 request.prompt,
                 device=self.device,
-                do_classifier_free_guidance=request.guided,
+                do_classifier_free_guidance=self.guided(request),
                 negative_prompt=request.negative_prompt,
                 **pooled_embeddings(request),
             )
         time_ids = torch.tensor([[*self.size, 0, 0, *self.size]])  # original size, crop, target size
-        rescaled = float(request.guidance_rescale or 0) if request.guided else 0.0
+        rescaled = float(request.guidance_rescale or 0) if self.guided(request) else 0.0
         return {
-            "prompt_embeds": self.both(unconditional if request.guided else None, conditional),
-            "text_embeds": self.both(negative_pooled if request.guided else None, pooled),
+            "prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional),
+            "text_embeds": self.both(negative_pooled if self.guided(request) else None, pooled),
             "time_ids": self.both(None, time_ids),
             "guidance_rescale": torch.tensor(rescaled, device=self.device),
         }

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 from fastdiff import PlanMismatch, Request, Runtime
 from fastdiff.families import family_of
+from tests.families import tiny_pipelines
+from tests.families.tiny_pipelines import PIPELINES
 
 STEPS = 6
-SAMPLERS = {
-    "DDIM": diffusers.DDIMScheduler,
-    "DPMSolverMultistep": diffusers.DPMSolverMultistepScheduler,
-}
-
-
-def tiny_dit(out_channels: int) -> Any:
-    """A DiTPipeline of random weights: the 1000 classes of ImageNet, and words for two of them."""
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, out_channels=out_channels
-    )
-    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.5)  # so that classes and guidance show in the image
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    labels = {2: "great white shark, white shark", 879: "umbrella"}
-    pipe = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler(), id2label=labels)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+TINY = PIPELINES["DiTPipeline"]
+SAMPLERS = TINY.samplers
 
 
 @pytest.fixture(scope="module", params=[4, 8], ids=["plain", "learned-variance"])
 def dit(request: pytest.FixtureRequest) -> Any:
     """A pipeline whose transformer puts out the noise alone, and one that puts out its variance too."""
-    return tiny_dit(request.param)
+    return replace(TINY, build=partial(tiny_pipelines.dit, out_channels=request.param))()
 
 
 def images_of_diffusers(pipe: Any, sampler: str, labels: list[int], guidance_scale: float) -> Tensor:
     """One image per class, the n-th from seed n. The pipeline has its own scheduler back afterwards."""
     own, generators = pipe.scheduler, [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
-    pipe.scheduler = SAMPLERS[sampler].from_config(own.config)
+    pipe.scheduler = type(SAMPLERS[sampler]).from_config(own.config)
     try:
         images: Tensor = pipe(labels, guidance_scale, generators, STEPS, output_type="pt").images
     finally:

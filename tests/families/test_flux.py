@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -10,49 +12,26 @@ import torch
 
 from fastdiff import PlanMismatch, Request, Runtime
 from fastdiff.families import family_of
+from tests.families import tiny_pipelines
 from tests.families.tiny import (
-    WIDTH,
     WORDS,
     assert_half_precision_errs_no_more_than_twice_diffusers,
-    clip,
-    flow_unipc,
     image_of_diffusers,
     images_of,
-    ready,
     relative_error,
-    t5,
-    tokenizer,
-    vae,
 )
+from tests.families.tiny_pipelines import PIPELINES
 from tests.purity import digest
 
 STEPS = 4
 SIZE: dict[str, Any] = {"height": 32, "width": 32}
-SAMPLERS = {
-    "FlowMatchEuler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-    "UniPC": flow_unipc(use_dynamic_shifting=True),
-}
-
-
-def tiny_flux(guidance_embeds: bool) -> Any:
-    torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        axes_dims_rope=(4, 4, 8), joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
-        guidance_embeds=guidance_embeds,
-    )  # fmt: skip
-    return ready(
-        diffusers.FluxPipeline(
-            scheduler=SAMPLERS["FlowMatchEuler"], vae=vae(shift_factor=0.1), text_encoder=clip(False),
-            tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer(), transformer=transformer,
-        ),
-        spread=1.5,
-    )  # fmt: skip
+TINY = PIPELINES["FluxPipeline"]
+SAMPLERS = TINY.samplers
 
 
 @pytest.fixture(scope="module")
 def flux() -> Any:
-    return tiny_flux(guidance_embeds=True)
+    return TINY()
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +70,11 @@ def test_prompts_steps_guidance_and_samplers_mix_in_one_batch(flux: Any, runtime
         assert relative_error(image, image_of_diffusers(flux, request, **call_of(request), **SIZE)) <= 1e-4
 
 
-def test_steps_and_sigmas_are_the_pipelines_own_unless_asked_for(flux: Any, runtime: Runtime) -> None:
-    asked = [ask(0, steps=None), ask(0, steps=None, sigmas=[1.0, 0.6, 0.3])]
+def test_steps_sigmas_and_guidance_are_the_pipelines_own_unless_asked_for(flux: Any, runtime: Runtime) -> None:
+    asked = [
+        ask(0, steps=None, guidance_scale=None),
+        ask(0, steps=None, guidance_scale=None, sigmas=[1.0, 0.6, 0.3]),
+    ]
     calls: list[dict[str, Any]] = [{}, {"sigmas": [1.0, 0.6, 0.3]}]
     for result, request, call in zip(runtime.generate(asked), asked, calls, strict=True):
         expected = flux(
@@ -110,7 +92,7 @@ def test_what_a_request_asks_for_shows_in_its_image(runtime: Runtime, change: di
 
 
 def test_an_image_need_not_be_square_and_a_model_without_guidance_has_none() -> None:
-    schnell = tiny_flux(guidance_embeds=False)
+    schnell = replace(TINY, build=partial(tiny_pipelines.flux, guidance_embeds=False))()
     size: dict[str, Any] = {"height": 16, "width": 48}
     schnell.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     one, other = images_of(Runtime(schnell, max_batch=2, **size), [ask(1), ask(1, guidance_scale=9.0)])

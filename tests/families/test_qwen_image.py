@@ -15,44 +15,22 @@ from tests.families.tiny import (
     WIDTH,
     WORDS,
     assert_half_precision_errs_no_more_than_twice_diffusers,
-    flow_unipc,
     image_of_diffusers,
     images_of,
-    qwen,
-    ready,
     relative_error,
-    tokenizer,
 )
+from tests.families.tiny_pipelines import PIPELINES
 from tests.purity import digest
 
 STEPS = 4
 SIZE: dict[str, Any] = {"height": 32, "width": 32}
-SAMPLERS = {
-    "FlowMatchEuler": diffusers.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    ),
-    "UniPC": flow_unipc(use_dynamic_shifting=True),
-}
+TINY = PIPELINES["QwenImagePipeline"]
+SAMPLERS = TINY.samplers
 
 
 @pytest.fixture(scope="module")
 def qwen_pipe() -> Any:
-    torch.manual_seed(0)
-    transformer = diffusers.QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    autoencoder = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.5, 2.0, 1.0],
-    )  # fmt: skip
-    return ready(
-        diffusers.QwenImagePipeline(
-            scheduler=SAMPLERS["FlowMatchEuler"], vae=autoencoder, text_encoder=qwen(), tokenizer=tokenizer(),
-            transformer=transformer,
-        ),
-        spread=1.5,
-    )  # fmt: skip
+    return TINY()
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +83,11 @@ def test_what_a_request_asks_for_shows_in_its_image(runtime: Runtime, change: di
     assert relative_error(other, asked) > 1e-3
 
 
-def test_an_image_need_not_be_square(qwen_pipe: Any) -> None:
+def test_an_image_need_not_be_square_and_guidance_is_the_pipelines_own(qwen_pipe: Any) -> None:
     size: dict[str, Any] = {"height": 16, "width": 48}
-    (image,) = images_of(Runtime(qwen_pipe, max_batch=1, **size), [ask(1)])
-    assert relative_error(image, image_of_diffusers(qwen_pipe, ask(1), **call_of(ask(1)), **size)) <= 1e-4
+    request = ask(1, guidance_scale=None)
+    (image,) = images_of(Runtime(qwen_pipe, max_batch=1, **size), [request])
+    assert relative_error(image, image_of_diffusers(qwen_pipe, request, negative_prompt=" ", **size)) <= 1e-4
 
 
 def test_the_transformer_part_by_part_is_the_transformer(qwen_pipe: Any) -> None:

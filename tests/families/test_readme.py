@@ -8,30 +8,19 @@ from typing import Any
 
 import diffusers
 import pytest
-import torch
 
 import fastdiff
 from fastdiff import PlanMismatch, Request, Runtime
 from fastdiff.families import FAMILIES, family_of
-from tests.families.tiny import WIDTH, image_of_diffusers, images_of, ready, relative_error, t5, tokenizer, vae
+from tests.families.tiny import image_of_diffusers, images_of, relative_error
+from tests.families.tiny_pipelines import PIPELINES
 
 README = (Path(fastdiff.__file__).parent / "families" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def pixart() -> Any:
-    torch.manual_seed(0)
-    transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=4, in_channels=4,
-        out_channels=8, caption_channels=WIDTH, cross_attention_dim=32, attention_bias=True,
-    )  # fmt: skip
-    return ready(
-        diffusers.PixArtSigmaPipeline(
-            tokenizer=tokenizer(), text_encoder=t5(), vae=vae(), transformer=transformer,
-            scheduler=diffusers.DPMSolverMultistepScheduler(),
-        ),
-        spread=1.5,
-    )  # fmt: skip
+    return PIPELINES["PixArtSigmaPipeline"]()
 
 
 def test_a_class_without_a_family_is_told_what_still_works(pixart: Any) -> None:

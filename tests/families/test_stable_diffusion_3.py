@@ -11,45 +11,26 @@ import torch
 from fastdiff import PlanMismatch, Request, Runtime
 from fastdiff.families import family_of
 from tests.families.tiny import (
-    WIDTH,
     WORDS,
     assert_half_precision_errs_no_more_than_twice_diffusers,
-    clip,
-    flow_unipc,
     image_of_diffusers,
     images_of,
-    ready,
     relative_error,
-    t5,
-    tokenizer,
-    vae,
 )
+from tests.families.tiny_pipelines import PIPELINES
 from tests.purity import digest
 
 STEPS = 4
+TINY = PIPELINES["StableDiffusion3Pipeline"]
 SAMPLERS = {
-    "FlowMatchEuler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    **TINY.samplers,
     "FlowMatchEuler shifted by size": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    "UniPC": flow_unipc(flow_shift=3.0),
 }
 
 
 @pytest.fixture(scope="module")
 def sd3() -> Any:
-    torch.manual_seed(0)
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=4, joint_attention_dim=2 * WIDTH, caption_projection_dim=32,
-        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=24, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
-    return ready(
-        diffusers.StableDiffusion3Pipeline(
-            transformer=transformer, scheduler=SAMPLERS["FlowMatchEuler"], vae=vae(shift_factor=0.1),
-            text_encoder=clip(True), tokenizer=tokenizer(), text_encoder_2=clip(True), tokenizer_2=tokenizer(),
-            text_encoder_3=t5(2 * WIDTH), tokenizer_3=tokenizer(),
-        ),
-        spread=1.5,
-    )  # fmt: skip
+    return TINY()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +78,7 @@ def test_an_image_need_not_be_square_and_steps_are_the_pipelines_own(sd3: Any) -
     size: dict[str, Any] = {"height": 16, "width": 48}
     (result,) = Runtime(sd3, max_batch=1, **size).generate([request])
     expected = sd3(
-        request.prompt, guidance_scale=7.5, generator=torch.Generator().manual_seed(1), output_type="pt", **size
+        request.prompt, generator=torch.Generator().manual_seed(1), output_type="pt", **size
     ).images[0]  # fmt: skip
     assert result.rows == 28
     assert result.image is not None
@@ -123,7 +104,7 @@ def test_a_pipeline_without_t5_is_served_as_it_serves_itself(sd3: Any) -> None:
     without = diffusers.StableDiffusion3Pipeline(**{**sd3.components, "text_encoder_3": None, "tokenizer_3": None})
     without.set_progress_bar_config(disable=True)
     (image,) = images_of(Runtime(without, max_batch=1), [ask(0)])
-    assert relative_error(image, image_of_diffusers(without, ask(0), guidance_scale=7.5)) <= 1e-4
+    assert relative_error(image, image_of_diffusers(without, ask(0))) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -12,43 +12,24 @@ import torch
 from fastdiff import PlanMismatch, Request, Runtime
 from fastdiff.families import family_of
 from tests.families.tiny import (
-    WIDTH,
     WORDS,
     assert_half_precision_errs_no_more_than_twice_diffusers,
-    clip,
     image_of_diffusers,
     images_of,
-    ready,
     relative_error,
-    tokenizer,
     vae,
 )
+from tests.families.tiny_pipelines import PIPELINES
 from tests.purity import digest
 
 STEPS = 5
-SAMPLERS = {
-    "Euler": diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
-    "DPMSolverMultistep": diffusers.DPMSolverMultistepScheduler(),
-}
+TINY = PIPELINES["StableDiffusionXLPipeline"]
+SAMPLERS = TINY.samplers
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> Any:
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
-        cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-    )  # fmt: skip
-    return ready(
-        diffusers.StableDiffusionXLPipeline(
-            vae=vae(), text_encoder=clip(False), text_encoder_2=clip(True), tokenizer=tokenizer(),
-            tokenizer_2=tokenizer(), unet=unet, scheduler=SAMPLERS["Euler"], add_watermarker=False,
-        ),
-        spread=1.5,
-    )  # fmt: skip
+    return TINY()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +79,7 @@ def test_what_a_request_asks_for_shows_in_its_image(runtime: Runtime, change: di
 
 def test_an_image_need_not_be_square(sdxl: Any) -> None:
     (image,) = images_of(Runtime(sdxl, max_batch=1, height=16, width=48), [ask(1)])
-    assert relative_error(image, image_of_diffusers(sdxl, ask(1), guidance_scale=7.5, height=16, width=48)) <= 1e-4
+    assert relative_error(image, image_of_diffusers(sdxl, ask(1), height=16, width=48)) <= 1e-4
 
 
 def test_bfloat16_errs_no_more_than_twice_as_diffusers_does(sdxl: Any) -> None:
@@ -115,7 +96,7 @@ def test_embeddings_stand_for_their_prompt_and_nothing_of_the_pipeline_changes(s
         ask(0, prompt=None, **{name: tensor[0] for name, tensor in both.items()}),
         ask(1, prompt=None, **{name: tensor[0] for name, tensor in half.items()}),
     ]
-    expected = image_of_diffusers(sdxl, requests[2], **half, guidance_scale=7.5)
+    expected = image_of_diffusers(sdxl, requests[2], **half)
     before = digest(runtime.family)
     text, tensors, unasked = images_of(runtime, requests)
     assert digest(runtime.family) == before
@@ -139,9 +120,7 @@ def test_latents_come_in_the_pipelines_shape_and_dtype(sdxl: Any, runtime: Runti
     noise = torch.randn(1, 4, 16, 16)
     request = ask(0, latents=noise[0])
     (result,) = runtime.generate([request])
-    expected = sdxl(
-        request.prompt, num_inference_steps=STEPS, guidance_scale=7.5, latents=noise, output_type="latent"
-    ).images[0]
+    expected = sdxl(request.prompt, num_inference_steps=STEPS, latents=noise, output_type="latent").images[0]
     assert (result.latents.shape, result.latents.dtype) == (expected.shape, expected.dtype)
     assert relative_error(result.latents, expected) <= 1e-4
 

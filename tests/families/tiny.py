@@ -46,12 +46,12 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-def clip(projected: bool) -> Any:
+def clip(projected: bool, positions: int = 16) -> Any:
     """A CLIP text encoder, with the projection of its pooled output or without."""
     own = tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(own), hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=WIDTH, max_position_embeddings=own.model_max_length,
+        projection_dim=WIDTH, max_position_embeddings=positions,
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)

@@ -1,0 +1,70 @@
+"""What all families have in common: the guidance of the pipeline's own call, and no NaN in what is given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff import Request
+from fastdiff.families import FAMILIES, family_of
+from tests.families.tiny_pipelines import PIPELINES
+
+TEXT = ("prompt_embeds", "negative_prompt_embeds")
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+OWN_SCALE = {
+    "DiTPipeline": 4.0, "FluxPipeline": 3.5, "QwenImagePipeline": 4.0, "StableDiffusion3Pipeline": 7.0,
+    "StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0, "WanPipeline": 5.0,
+}  # fmt: skip
+TENSORS: dict[str, tuple[str, ...]] = {
+    "DiTPipeline": (), "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"), "QwenImagePipeline": TEXT,
+    "StableDiffusion3Pipeline": (*TEXT, *POOLED), "StableDiffusionPipeline": TEXT,
+    "StableDiffusionXLPipeline": (*TEXT, *POOLED), "WanPipeline": TEXT,
+}  # fmt: skip
+"""Embeddings that each takes; all take latents."""
+
+
+@cache
+def family(name: str) -> Any:
+    return family_of(PIPELINES[name](), *(None if name == "DiTPipeline" else 32,) * 2)
+
+
+def test_every_family_is_here() -> None:
+    assert OWN_SCALE.keys() == TENSORS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize(("name", "scale"), OWN_SCALE.items())
+def test_guidance_is_that_of_the_pipelines_own_call_unless_asked_for(name: str, scale: float) -> None:
+    negative = "a two" if "negative_prompt_embeds" in TENSORS[name] else None
+    request = Request(prompt="a one", negative_prompt=negative)
+    assert family(name).guidance(request) == scale
+    assert family(name).guidance(replace(request, guidance_scale=2)) == 2.0
+    if name != "FluxPipeline":  # whose guidance is an input of the model, which has no off
+        assert family(name).guidance(replace(request, guidance_scale=0.5)) == 1.0
+
+
+def given(name: str) -> dict[str, Any]:
+    """A request's own tensors, all that the family takes."""
+    own = family(name)
+    found: dict[str, Any] = {"latents": torch.zeros(own.latent_shape)}
+    for field in TENSORS[name]:
+        text_shape = own.text_shape if hasattr(own, "text_shape") else (7, own.text_width)
+        found[field] = torch.zeros(own.pooled_shape if field in POOLED else text_shape)
+    return found if TENSORS[name] else {**found, "class_label": 3}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name in TENSORS for field in ("latents", *TENSORS[name])]
+)
+def test_what_is_given_must_be_finite(name: str, field: str, value: float) -> None:
+    fields = given(name)
+    family(name).check(Request(**fields))
+    spoilt: Tensor = fields[field].clone()
+    spoilt.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"^{field}: expected finite values, got NaN or infinity"):
+        family(name).check(Request(**{**fields, field: spoilt}))
