@@ -37,10 +37,13 @@ Written by `make coverage` from the tables that the tests are parametrised with;
 in eager mode are whole images or videos in float32, within 1e-4 of those of the pipeline's untouched `__call__`; the
 pipelines are tiny, their weights random, but for the trained one that fastdiff ships: Stable Diffusion's of tier 2.
 
-Tier 1 is the untouched pipeline with `pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler)`: no step falls back,
-and the loop is the pipeline's own. Tier 2 is `fastdiff.Runtime(pipe)`. In its other modes, "images" are compared with
-those of eager mode, "one graph" is the model with its guidance traced by dynamo without a break, and "one call" the
-same, captured and replayed on other inputs. CUDA is where a test needs a device; where there is none it is skipped.
+Tier 1 is the pipeline's own loop with `pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler)`, where no step falls
+back, or after `fastdiff.accelerate(pipe)`, whose mode `compiled` is compared with the drop-in's images, on the own
+sampler, as dynamo traces the forward; its mode `graph` is tested on the shipped pipeline, where there is CUDA.
+
+Tier 2 is `fastdiff.Runtime(pipe)`. In its other modes, "images" are compared with those of eager mode, "one graph" is
+the model with its guidance traced by dynamo without a break, and "one call" the same, captured and replayed on other
+inputs. CUDA is where a test needs a device; where there is none it is skipped.
 """
 
 
@@ -51,7 +54,7 @@ def section() -> str:
         "| pipeline | tier | samplers | eager | compiled | step-graph | loop-graph |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, tiny in PIPELINES.items():
-        lines.append(f"| {name} | 1 | {', '.join(tiny.samplers)} | CPU: images | no test | none | none |")
+        lines.append(f"| {name} | 1 | {', '.join(tiny.samplers)} | CPU: images | CPU: images | none | none |")
     for name in FAMILIES:
         cells = (tested(name, mode) for mode in ("compiled", *GRAPH_MODES))
         lines.append(f"| {name} | 2 | {', '.join(samplers(name))} | CPU: images | {' | '.join(cells)} |")

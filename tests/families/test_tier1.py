@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastdiff
 from fastdiff import table_scheduler
 from tests.families.tiny import relative_error
 from tests.families.tiny_pipelines import NOT_LINEAR, NOT_TAKEN, PIPELINES, Refusal
@@ -27,13 +28,18 @@ def made(name: str, scheduler: Any, seed: int = 0, **changes: Any) -> Tensor:
     """The images or frames of the pipeline's own `__call__`, one, in [0, 1]."""
     pipe = built(name)
     own, pipe.scheduler = pipe.scheduler, scheduler
-    torch.manual_seed(seed)  # Z-Image gives its sampler no generator
     try:
-        call = {**PIPELINES[name].call, "num_inference_steps": STEPS, **changes}
-        output: Tensor = pipe(**call, generator=torch.Generator().manual_seed(seed), output_type="pt")[0]
-        return output
+        return called(name, seed, **changes)
     finally:
         pipe.scheduler = own
+
+
+def called(name: str, seed: int = 0, **changes: Any) -> Tensor:
+    """The same, of the pipeline as it is."""
+    torch.manual_seed(seed)  # Z-Image gives its sampler no generator
+    call = {**PIPELINES[name].call, "num_inference_steps": STEPS, **changes}
+    output: Tensor = built(name)(**call, generator=torch.Generator().manual_seed(seed), output_type="pt")[0]
+    return output
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,19 @@ def test_the_images_are_the_pipelines_own(name: str, sampler: str) -> None:
     assert image.dtype == expected.dtype == torch.float32
     assert relative_error(image, expected) <= 1e-4
     assert drop_in.stats == (len(drop_in.timesteps), 0)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_accelerated_the_images_are_the_drop_ins(name: str, mode: Any) -> None:
+    """Dynamo's own backend compiles nothing: what it traced is run as it is."""
+    pipe = built(name)
+    expected = made(name, table_scheduler(copy.deepcopy(pipe.scheduler)))
+    with fastdiff.accelerated(pipe, mode, _backend="eager") as handle:
+        image = called(name)
+    assert torch.equal(image, expected) if mode == "eager" else relative_error(image, expected) <= 1e-4
+    assert (handle.stats.calls, handle.stats.fallbacks) == (1, 0)
+    assert (handle.stats.built > 0) == (mode == "compiled")
 
 
 @pytest.mark.parametrize("name", PIPELINES)
