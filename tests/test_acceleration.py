@@ -22,6 +22,7 @@ from fastdiff.errors import CannotCapture, NotLinear
 from fastdiff.forward import Forward, twin
 from fastdiff.scheduler import TableScheduler
 from tests.families import tiny
+from tests.families.tiny_pipelines import PIPELINES
 
 STEPS, GUIDANCE = 5, 3.0
 
@@ -562,7 +563,8 @@ def test_forgetting_is_bounded_and_seen() -> None:
 
 
 @pytest.mark.compiles
-def test_inductor_makes_nearly_the_image_and_leaves_the_model(own: Any) -> None:
+def test_inductor_makes_nearly_the_image_and_leaves_the_model() -> None:
+    own = PIPELINES["StableDiffusionPipeline"]()
     expected = image(own)
     with fastdiff.accelerated(own, "compiled") as handle:
         assert near(image(own), expected)
