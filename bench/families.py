@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """One pipeline's arms: rows of a call, errors against the untouched one, samples, and what each arm gains."""
+    """One pipeline's arms: errors against the untouched one, samples, and what each arm gains."""
     arms = arms_of(name)
     with torch.no_grad():
         images = {arm: call() for arm, call in arms.items()}  # and whatever is compiled is compiled

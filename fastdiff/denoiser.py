@@ -42,3 +42,9 @@ def rescale(guided: Tensor, conditional: Tensor, phi: Tensor) -> Tensor:
     dimensions = list(range(1, guided.ndim))
     ratio = conditional.float().std(dimensions, keepdim=True) / guided.std(dimensions, keepdim=True)
     return torch.where(phi == 0, guided, phi * (guided * ratio) + (1 - phi) * guided)
+
+
+def guide_pairs(output: Tensor, scale: Tensor) -> Tensor:
+    """`guide` of one call at batch 2n: each slot unconditional, conditional; [n, ...] of [2n, ...]."""
+    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
+    return guide(unconditional, conditional, scale)

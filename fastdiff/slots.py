@@ -133,14 +133,14 @@ class Slots:
         self._memories = [[self._memory(place, k) for k in range(plan.memory + 1)] for place in self._places]
         self._has_noise = [False] * slots
 
-    def _view(self, part: slice | int, segment: int = -1) -> Batch:
+    def _view(self, part: slice | int, segment: int | None = None) -> Batch:
         own = self._all
         view = own._replace(
             **{name: getattr(own, name)[part] for name in ("slot", "table", "row", "end", "noise")},
             planes=tuple(plane[part] for plane in own.planes),
             conditioning={name: tensor[part] for name, tensor in own.conditioning.items()},
         )
-        if self._boundary is None or segment < 0:
+        if self._boundary is None or segment is None:
             return view
         boundary = self._boundary[part]
         return view._replace(begin=boundary) if segment else view._replace(end=boundary)

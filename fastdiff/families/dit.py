@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.denoiser import guide
+from fastdiff.denoiser import guide_pairs
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.base import PipelineFamily
 from fastdiff.plan import TensorSpec
@@ -85,5 +85,4 @@ def guided(
         return_dict=False,
     )[0]
     output = output[:, : sample.shape[1]]  # the channels behind it are a learned variance, which no sampler reads
-    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
-    return guide(unconditional, conditional, guidance)
+    return guide_pairs(output, guidance)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.denoiser import guide
+from fastdiff.denoiser import guide_pairs
 from fastdiff.families.base import PipelineFamily, batched, check_beside, image_size
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
@@ -76,5 +76,4 @@ def guided(
         encoder_hidden_states=conditioning["prompt_embeds"].flatten(0, 1),  # [2n, L, D]
         return_dict=False,
     )[0]
-    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
-    return guide(unconditional, conditional, guidance)
+    return guide_pairs(output, guidance)

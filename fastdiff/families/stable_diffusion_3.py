@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.denoiser import guide
+from fastdiff.denoiser import guide_pairs
 from fastdiff.families.base import (
     NEGATIVE_EMBEDDINGS,
     PipelineFamily,
@@ -104,5 +104,4 @@ def guided(
         pooled_projections=conditioning["pooled_prompt_embeds"].flatten(0, 1),
         return_dict=False,
     )[0]
-    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
-    return guide(unconditional, conditional, guidance)
+    return guide_pairs(output, guidance)

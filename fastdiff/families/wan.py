@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.denoiser import Denoiser, guide
+from fastdiff.denoiser import Denoiser, guide_pairs
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.base import PipelineFamily, batched, config_of, image_size
 from fastdiff.plan import TensorSpec
@@ -162,5 +162,4 @@ def guided(
         encoder_hidden_states=conditioning["prompt_embeds"].flatten(0, 1),
         return_dict=False,
     )[0]
-    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
-    return guide(unconditional, conditional, guidance)
+    return guide_pairs(output, guidance)
