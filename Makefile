@@ -40,8 +40,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Two processes, a file of tests each at a time.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The whole product of the scheduler matrix, which `make test` samples pairwise: ten minutes on two idle cores.
 oracle: $(READY)

@@ -202,7 +202,6 @@ def _random_contents(batch: Batch) -> Iterator[None]:
 
 # Counting, on any machine
 
-# No kernel runs for these, nor for views, which an operation's schema tells.
 _FREE = {
     aten._unsafe_view,
     aten._local_scalar_dense,
@@ -217,6 +216,11 @@ _FLOPS = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
 }
+
+
+def computes(func: Any) -> bool:
+    """Whether something runs for an operation: nothing does for a view, which its schema tells, or an allocation."""
+    return not func.is_view and func.overloadpacket not in _FREE
 
 
 class _Operation(NamedTuple):
@@ -247,7 +251,7 @@ class _Counter(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
         output, op = func(*args, **kwargs), func.overloadpacket
-        if not func.is_view and op not in _FREE:
+        if computes(func):
             flops = _FLOPS[op](*args, **kwargs, out_val=output) if op in _FLOPS else 0
             self.operations.append(_Operation(flops, _traffic_bytes(op, args, kwargs, output)))
         return output

@@ -26,7 +26,7 @@ from fastdiff.bench.arguments import device, refuse
 from fastdiff.bench.gpu_cells import Settings, Unsupported
 from fastdiff.bench.gpu_report import markdown, outcomes
 from fastdiff.bench.gpu_suite import TIERS
-from fastdiff.bench.journal import commit
+from fastdiff.bench.journal import NAME, append_line, commit, read_lines
 
 MEASURED = ("ok", "unsupported")
 
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     if place.type == "cuda":
         place = torch.device("cuda", place.index or 0)
     settings = Settings(place, options.tiny, options.out)
-    journal = Journal(options.out / "journal.jsonl")
+    journal = Journal(options.out / NAME)
     if options.list:
         ended = outcomes(journal.read())
         for cell in cells_of(options.tier, settings):
@@ -112,29 +112,18 @@ def cells_of(tiers: str, settings: Settings) -> list[Cell]:
 
 
 class Journal:
-    """Records as lines of JSON, each on the disk before the next thing is done. A line that a cut tore is dropped."""
+    """What happened in a run and its cells' processes, in order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Record]:
-        """Every whole record, in order, whichever process wrote it."""
-        return [json.loads(line) for line in self._whole_lines().splitlines()]
+        """Every record, whichever process wrote it."""
+        return read_lines(self.path)
 
     def append(self, **record: Any) -> None:
         """Write a record, with the time."""
-        record["at"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        line = json.dumps(record, allow_nan=False) + "\n"
-        whole = self._whole_lines()
-        with self.path.open("ab") as file:
-            file.truncate(len(whole))
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _whole_lines(self) -> bytes:
-        written = self.path.read_bytes() if self.path.exists() else b""
-        return written[: written.rfind(b"\n") + 1]
+        append_line(self.path, {**record, "at": time.strftime("%Y-%m-%d %H:%M:%S %Z")})
 
 
 def run(

@@ -1,4 +1,7 @@
-"""journal.jsonl: a line per finished piece, on the disk before the next one starts, for a killed run to go on from."""
+"""journal.jsonl: a line per finished piece, on the disk before the next one starts, for a killed run to go on from.
+
+A kill may tear the last line: whoever reads drops it, whoever writes next writes over it.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,8 @@ class Journal:
         """A new one; FileExistsError where the folder has one."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NAME).touch(exist_ok=False)
-        journal = cls(folder, header, [])
-        journal._write(header)
-        return journal
+        append_line(folder / NAME, header)
+        return cls(folder, header, [])
 
     @classmethod
     def resume(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
@@ -43,9 +45,7 @@ class Journal:
         if not path.is_file():
             raise CannotResume(f"{folder}: expected a run's folder with a {NAME}")
         try:
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
-            known, *finished = map(json.loads, whole.splitlines())
+            known, *finished = read_lines(path)
             differing = [name for name in SAME if known[name] != header[name]]
         except (ValueError, KeyError, TypeError):
             raise CannotResume(f"{path}: expected a run's journal, got something else; start a new run") from None
@@ -53,20 +53,33 @@ class Journal:
             raise CannotResume(
                 f"{folder}: its {name} is {known[name]!r}, this run's is {header[name]!r}; start a new run"
             )
-        if whole != text:
-            os.truncate(path, len(whole.encode()))
         return cls(folder, known, finished)
 
     def add(self, piece: dict[str, Any]) -> None:
         """Append a finished piece, and wait until the disk has it."""
-        self._write(piece)
+        append_line(self.folder / NAME, piece)
         self.finished.append(piece)
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        with (self.folder / NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a journal, whichever process wrote it; none where there is no file."""
+    return [json.loads(line) for line in _whole_lines(path).splitlines()]
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line, and wait until the disk has it. ValueError for what JSON cannot hold."""
+    text = json.dumps(line, allow_nan=False) + "\n"
+    whole = _whole_lines(path)
+    with path.open("ab") as file:
+        file.truncate(len(whole))
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> bytes:
+    written = path.read_bytes() if path.exists() else b""
+    return written[: written.rfind(b"\n") + 1]
 
 
 def unfinished() -> Path:

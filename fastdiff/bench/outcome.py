@@ -89,6 +89,13 @@ def changes(report: Report) -> list[Report]:
     return [change for change in gates.get("changes") or () if change["verdict"] != "NO-CHANGE"]
 
 
+def moved(report: Report) -> str:
+    """How many deterministic figures are other than the baseline's, in words; one that it lacks has not moved."""
+    counted = Counter(change["verdict"] for change in changes(report))
+    count = counted["REGRESSION"] + counted["IMPROVEMENT"]
+    return f"{count or 'none'} moved" + (f", {counted['new']} new" if counted["new"] else "")
+
+
 def unmeasured(report: Report) -> list[str]:
     """Deterministic figures that this run should have and could not measure."""
     return [name for name, value in (report.get("gates") or {}).get("figures", {}).items() if value is None]
@@ -161,7 +168,7 @@ def _outcome(report: Report) -> Outcome:
         compared += f", which has not measured {unknown}"
     if improved:
         return Outcome("IMPROVEMENT", f"{compared}, {improved} shrank", False)
-    return Outcome("NO-CHANGE", f"{compared}, none moved", False)
+    return Outcome("NO-CHANGE", f"{compared}, {moved(report)}", False)
 
 
 def _compared(kind: Literal["images", "rows"], case: Report, base: str, arm: str, level: float, doubt: str) -> Compared:

@@ -99,8 +99,7 @@ def _gates(report: Report) -> str:
     unknown = f"; not measured: {', '.join(missing)}" if missing else ""
     if gates.get("changes") is None:
         return f"{count} counted; no baseline for {gates['key']}{unknown}"
-    changed = [change for change in outcome.changes(report) if change["verdict"] != "not measured"]
-    return f"{count} compared with {gates['key']}; {f'{len(changed)} changed' if changed else 'none moved'}{unknown}"
+    return f"{count} compared with {gates['key']}; {outcome.moved(report)}{unknown}"
 
 
 def introduction(report: Report) -> list[str]:

@@ -12,30 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.audit import EmulatedDevice, Operation, elements
+from fastdiff.profile import computes
 
 aten = torch.ops.aten
 
-# No kernel runs for these: views and bookkeeping. Nor for copies to the device.
-_FREE = {
-    aten.view,
-    aten._unsafe_view,
-    aten._reshape_alias,
-    aten.alias,
-    aten.detach,
-    aten.expand,
-    aten.permute,
-    aten.select,
-    aten.slice,
-    aten.split,
-    aten.split_with_sizes,
-    aten.squeeze,
-    aten.t,
-    aten.transpose,
-    aten.unbind,
-    aten.unsqueeze,
-    aten.lift_fresh,
-    aten._local_scalar_dense,
-}
 _NOISE = {aten.randn}
 _SYNCS = {"host read", "data-dependent shape"}
 
@@ -53,7 +33,7 @@ class CountingDevice(EmulatedDevice):
 
     def issued(self, operation: Operation) -> None:
         op, faults = operation.func.overloadpacket, set(operation.faults())
-        self.operations += op not in _FREE and op not in _NOISE and not faults & {"host-to-device copy"}
+        self.operations += computes(operation.func) and op not in _NOISE and "host-to-device copy" not in faults
         self.syncs += bool(faults & _SYNCS)
         self.peak_bytes = max(self.peak_bytes, storage_bytes(self.tensors()))
 

@@ -125,6 +125,17 @@ def test_a_figure_that_could_not_be_measured_is_told_and_is_no_regression() -> N
     assert exit_code(report) == 0
 
 
+def test_a_figure_that_the_baseline_lacks_has_not_moved_and_is_told() -> None:
+    report = committed()
+    change = {"name": "ops", "base": None, "head": 21, "verdict": "new"}
+    report["gates"] = {"key": "torch-2-cpu", "figures": {"ops": 21, "syncs": 0}, "changes": [change]}
+    assert outcome(report).word == "NO-CHANGE"
+    assert outcome(report).sentence.endswith("compared with the baseline, none moved, 1 new")
+    assert dict(facts(report))["Deterministic figures"] == "2 compared with torch-2-cpu; none moved, 1 new"
+    report["gates"]["changes"].append({"name": "syncs", "base": 1, "head": 0, "verdict": "IMPROVEMENT"})
+    assert dict(facts(report))["Deterministic figures"] == "2 compared with torch-2-cpu; 1 moved, 1 new"
+
+
 def test_a_table_that_led_to_nan_is_invalid() -> None:
     report = committed()
     one = report["errors"][0]

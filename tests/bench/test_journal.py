@@ -158,8 +158,8 @@ def test_a_journal_holds_what_was_added_and_drops_a_half_line(tmp_path: Path) ->
     path.write_bytes(whole + b'{"title": "b')
     again = Journal.resume(tmp_path, HEADER)
     assert again.finished == [{"title": "a"}]
-    assert path.read_bytes() == whole
     again.add({"title": "c"})
+    assert path.read_bytes() == whole + b'{"title": "c"}\n'
     assert Journal.resume(tmp_path, HEADER).finished == [{"title": "a"}, {"title": "c"}]
     with pytest.raises(FileExistsError):
         Journal.start(tmp_path, HEADER)
