@@ -1,4 +1,4 @@
-"""What a request costs before its first row: its table, its lease of a scheduler, and the copy into its slot."""
+"""What a request costs before its first row: its table, its lease or handle of a scheduler, its copy into a slot."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastdiff.noise import normal, seeded
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
+from tests import oracle
 
 torch.set_num_threads(1)  # nothing here is large enough to share
 
@@ -69,3 +70,20 @@ def test_load(benchmark: BenchmarkFixture, scheduler: Any) -> None:
 
     benchmark(load)
     assert torch.equal(slots.read(0, table.memory), latents)
+
+
+@pytest.mark.benchmark(group="for_request")
+@pytest.mark.parametrize("when", ["before a run", "in mid-run"])
+@pytest.mark.parametrize("name", oracle.AFFINE)
+def test_for_request(benchmark: BenchmarkFixture, name: str, when: str) -> None:
+    cell = oracle.short_cells(name)[0]
+    handle = fastdiff.table_scheduler(cell.build(), strict=True)
+    timesteps, _ = oracle.prepare(cell, handle)
+    if when == "in mid-run":
+        sample = torch.zeros(1, 4, 8, 8)
+        for timestep in timesteps[: (len(timesteps) + 1) // 2]:
+            if hasattr(handle, "scale_model_input"):
+                handle.scale_model_input(sample, timestep)
+            handle.step(sample, timestep, sample, **cell.arguments()[1])
+        assert handle.stats.hits
+    assert benchmark(handle.for_request).stats == (0, 0)

@@ -6,16 +6,18 @@ they are what that row begins with, whoever left them so, and otherwise there is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.fingerprint import fingerprint, freeze
-from fastdiff.probe import _Schedule
+from fastdiff.probe import Schedule
 from fastdiff.rehearsal import Dtypes, Latent, Made, Recipe, Rehearsal, Row, Size, Skeleton, Time, holds, rehearse, same
 
 _ABSENT: Any = object()
@@ -25,12 +27,78 @@ Reason = str | Exception
 
 
 @dataclass(slots=True)
+class Snapshot:
+    """Attributes as they were at some time: knows which were replaced or written into since."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    lists: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # the items of those that are lists
+    tables: dict[str, tuple[Callable[[], Any], Any]] = field(default_factory=dict)  # what tells a write; what it told
+    edited: set[str] = field(default_factory=set)  # changed before that time, and not by this package
+
+    @classmethod
+    def of(cls, held: dict[str, Any], edited: Iterable[str] = ()) -> Self:
+        """The attributes as they are, but for those `edited`, which stay changed."""
+        snapshot = cls()
+        snapshot.take(held, held)
+        snapshot.edited.update(edited)
+        return snapshot
+
+    def __reduce__(self) -> Any:  # a copied tensor counts its writes from zero
+        return type(self).of, (self.restored(), {*self.edited, *self._written()})
+
+    def take(self, held: dict[str, Any], names: Iterable[str]) -> None:
+        """These attributes as they are now."""
+        for name in names:
+            value = self.values[name] = held[name]
+            self.lists.pop(name, None)
+            self.tables.pop(name, None)
+            self.edited.discard(name)
+            if type(value) is list:
+                self.lists[name] = tuple(value)
+            elif (told := _told(value)) is not None:
+                self.tables[name] = told, told()
+
+    def restored(self) -> dict[str, Any]:
+        """The attributes, their lists with the items that they had."""
+        return self.values | {name: list(items) for name, items in self.lists.items()}
+
+    def over(self, held: dict[str, Any]) -> Snapshot:
+        """The same of a copy of the attributes, which has lists of its own and shares all else."""
+        own = {name: held[name] for name in self.lists if name in held}
+        return Snapshot(self.values | own, dict(self.lists), dict(self.tables), set(self.edited))
+
+    def touched(self, held: dict[str, Any]) -> list[str]:
+        """The attributes that are other objects or lists of other items, or were written into."""
+        values = self.values
+        names = [name for name, items in self.lists.items() if not _holds_just(held.get(name), items)]
+        names += self._written()
+        if not self.edited and len(held) == len(values) and all(map(is_, held.values(), values.values())):
+            return names
+        known = {*names, *self.edited}
+        return [
+            name
+            for name, value in held.items()
+            if name in known or (value is not values.get(name, _ABSENT) and name not in self.lists)
+        ]
+
+    def differs(self, held: dict[str, Any], name: str) -> bool:
+        """Whether a touched attribute has other contents, too; of what was written into they are not known."""
+        if name in self.edited or name in self._written():
+            return True
+        was = list(self.lists[name]) if name in self.lists else self.values.get(name, _ABSENT)
+        return not same(held.get(name, _ABSENT), was)
+
+    def _written(self) -> list[str]:
+        return [name for name, (told, what) in self.tables.items() if told() != what]
+
+
+@dataclass(slots=True)
 class Position:
     """A scheduler's place in its schedule. What it refers to is shared between copies and never written into."""
 
     held: dict[str, Any]  # the scheduler's attributes themselves
     # The schedule, as set_timesteps was told it
-    template: Any = None  # the original scheduler at rest, never stepped
+    template: Any = None  # the original scheduler at rest, never stepped nor edited
     arguments: dict[str, Any] | None = None
     key: tuple[Any, ...] = ()
     # The run
@@ -43,92 +111,52 @@ class Position:
     latents: list[Tensor] = field(default_factory=list)  # at the row's start, without the sample
     pointer: int = 0  # where the timesteps lie, and bytes from one to the next
     stride: int = 0
-    # The attributes as this package left them: what differs was changed by someone else
-    left: dict[str, Any] = field(default_factory=dict)
-    lists: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    start: dict[str, Any] | None = None  # the attributes at the run's first step
-    start_lists: tuple[str, ...] = ()  # those that are lists
+    twin: Tensor | None = None  # the timesteps of which this deep copy's are one: hosts step it by those, too
+    left: Snapshot = field(default_factory=Snapshot)  # by this package: what is touched, someone else changed
+    start: Snapshot | None = None  # at the run's first step
+    first: int = 0  # of its timestep: of a class without memory, `begin` may be earlier
 
     @classmethod
     def resting(cls, held: dict[str, Any]) -> Position:
         """Before any schedule."""
-        position = cls(held)
-        position.look()
-        return position
+        return cls(held, left=Snapshot.of(held))
 
     @classmethod
     def scheduled(cls, held: dict[str, Any], template: Any, arguments: dict[str, Any]) -> Position:
         """After `set_timesteps` with these arguments."""
-        position = cls(held, template, arguments, (fingerprint(template), freeze(arguments)))
-        position.look()
-        return position
+        key = (fingerprint(template), freeze(arguments))
+        return cls(held, template, arguments, key, left=Snapshot.of(held))
 
     def anew(self, held: dict[str, Any]) -> Position:
         """The same schedule at the start of this run, over `held`, which is filled."""
         assert self.start is not None
-        held.update(with_own_lists(self.start, self.start_lists))
-        position = self._over(held)
-        position.left = dict(held)
-        position.lists = {name: tuple(held[name]) for name in self.start_lists if type(held[name]) is list}
-        return position
+        held.update(self.start.restored())
+        return self._over(held, self.start)
 
     def copied(self, held: dict[str, Any]) -> Position:
         """The same position over `held`, which is filled: every list copied, all else shared."""
-        held.update(with_own_lists(self.held, self.lists))
-        position = self._over(held)
-        position.left = dict(self.left)
-        for name in self.lists:
-            if name in held:
-                position.left[name] = held[name]
-        position.lists, position.start, position.start_lists = dict(self.lists), self.start, self.start_lists
+        held.update({name: list(value) if type(value) is list else value for name, value in self.held.items()})
+        position = self._over(held, self.left)
+        position.start, position.first = self.start, self.first
         return position
 
-    def deep_copied(self, held: dict[str, Any]) -> Position:
-        """The same position over `held`, a copy of the attributes whose latents are copies too."""
-        position, touched = self._over(held), self.touched()
-        position.look()
-        for name in touched:
-            position.left[name] = self.left.get(name, _ABSENT)
-            if name in self.lists:
-                position.lists[name] = self.lists[name]
-        position.start, position.start_lists = self.start, self.start_lists
-        return position
-
-    def _over(self, held: dict[str, Any]) -> Position:
+    def _over(self, held: dict[str, Any], left: Snapshot) -> Position:
         return Position(
-            held, self.template, self.arguments, self.key, self.rehearsal, self.begin, self.options, self.dtypes
-        )
-
-    # What others changed
-
-    def look(self) -> None:
-        """Take the attributes as they are."""
-        self.left = dict(self.held)
-        self.lists = {name: tuple(value) for name, value in self.held.items() if type(value) is list}
+            held, self.template, self.arguments, self.key, self.rehearsal, self.begin, self.options, self.dtypes,
+            left=left.over(held),
+        )  # fmt: skip
 
     def touched(self) -> list[str]:
-        """The attributes that are not what this package left; before any schedule, none."""
-        if self.template is None:
-            return []
-        held, left = self.held, self.left
-        names = [name for name, kept in self.lists.items() if not holds_just(held.get(name), kept)]
-        if len(held) == len(left) and all(map(is_, held.values(), left.values())):
-            return names
-        others = (name for name in held if held[name] is not left.get(name, _ABSENT))
-        return names + [name for name in others if name not in self.lists]
+        """The attributes that someone else changed since this package left them; before any schedule, none."""
+        return [] if self.template is None else self.left.touched(self.held)
 
-    def absorb(self, names: Iterable[str]) -> None:
-        """Take these attributes as they are."""
-        for name in names:
-            value = self.left[name] = self.held[name]
-            self.lists.pop(name, None)
-            if type(value) is list:
-                self.lists[name] = tuple(value)
+    def edited(self) -> list[str]:
+        """Those touched that have other contents, too."""
+        return [name for name in self.touched() if self.left.differs(self.held, name)]
 
     def begin_run(self) -> None:
-        """Remember what the run starts from, with lists that the original's step() does not write into."""
-        self.start_lists = tuple(self.lists)
-        self.start = with_own_lists(self.held, self.lists)
+        """Remember what the run starts from."""
+        self.first, self.start = self.index, Snapshot.of(self.held, self.edited())
 
     # Finding the row
 
@@ -145,23 +173,35 @@ class Position:
             and not self.touched()
         ):
             return None
-        own = self.held.get("_step_index")
-        self.index = next((index for index in (own, self.held.get("_begin_index")) if index is not None), self.index)
         self.row = -1
         if self.arguments is None:
             return "set_timesteps was not called on it"
-        index = self._index(timestep)
+        index = self._locate(timestep)
         if index is None:
             return "the timestep is none of the schedule's"
-        self.index = index
-        if fingerprint(self.template) != self.key[0]:
-            return "a table that set_timesteps read was written into since"
         reason: Reason | None = None
         for begin in self._begins(index):
             reason = self._adopt(begin, index - begin, sample, options, dtypes)
             if reason is None:
                 break
         return reason
+
+    def place(self, timestep: Any) -> str:
+        """Which step one of `timestep` is, to be read: the row of its run, and the entry of the timesteps."""
+        if self.arguments is None:
+            return ""
+        self._locate(timestep)
+        begins = self.start is None or self.held.get("_step_index", _ABSENT) is None
+        row = 0 if begins else max(self.index - self.first, 0)
+        return f" at row {row} (timesteps[{self.index}])"
+
+    def _locate(self, timestep: Any) -> int | None:
+        """The index of `timestep`, if it is one of the schedule's; notes it, else the one that is due."""
+        due = (self.held.get("_step_index"), self.held.get("_begin_index"))
+        self.index = next((index for index in due if index is not None), self.index)
+        index = self._index(timestep)
+        self.index = self.index if index is None else index
+        return index
 
     def _is_timestep(self, value: Any, index: int) -> bool:
         """Whether `value` is entry `index` of the timesteps, by where it lies in memory: no host read."""
@@ -179,13 +219,15 @@ class Position:
         timesteps = self.held.get("timesteps")
         if not isinstance(timesteps, Tensor) or timesteps.ndim != 1:
             return None
-        self.pointer, self.stride = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
         if isinstance(timestep, Tensor):
             if type(timestep) is not Tensor or timestep.ndim or timestep.dtype != timesteps.dtype:
                 return None
-            index, rest = divmod(timestep.data_ptr() - self.pointer, self.stride)
-            if rest == 0 and 0 <= index < len(timesteps):
-                return index
+            for entries in (timesteps, self.twin):
+                if entries is not None:
+                    self.pointer, self.stride = entries.data_ptr(), entries.stride(0) * entries.element_size()
+                    index, rest = divmod(timestep.data_ptr() - self.pointer, self.stride)
+                    if rest == 0 and 0 <= index < len(entries):
+                        return index
             if timestep.device.type != "cpu":
                 return None
             timestep = timestep.item()
@@ -230,9 +272,8 @@ class Position:
                 return "the timestep is there twice, and no begin index says which is meant"
         touched = self.touched()
         for name in touched:
-            fixed = name not in rehearsal.moving and name != "_begin_index"
-            if fixed and not same(held[name], self.left.get(name, _ABSENT)):
-                return f"{name} was replaced"
+            if name not in rehearsal.moving and name != "_begin_index" and self.left.differs(held, name):
+                return f"{name} was edited"
         latents: dict[int, Tensor] = {}
         times = held["timesteps"][begin:]
         for name, expected in rehearsal.before[row].items():
@@ -242,22 +283,22 @@ class Position:
             if not (
                 _matches(expected, value, times, latents, sample.shape)
                 or _matches(scaled, value, times, latents, sample.shape)
-                or (row == 0 and self._is_at_rest(name, value, touched))
+                or (row == 0 and self._is_at_rest(name, touched))
             ):
                 return f"{name} is not what this row begins with"
         self.rehearsal, self.begin, self.options, self.dtypes, self.row = rehearsal, begin, options, dtypes, row
         self.latents = [latents[number] for number in sorted(latents)]
-        self.look()
-        if row == 0:
+        self.left, self.index = Snapshot.of(held), begin + row
+        if row == 0 or self.start is None or self.index < self.first:
             self.begin_run()
         return None
 
     def _rehearsed(self, begin: int, options: dict[str, Any], dtypes: Dtypes) -> Rehearsal | Reason:
         """The rehearsal of the run from `begin`, this position's own where it is that one."""
-        if self.rehearsal is not None and (begin, options, dtypes) == (self.begin, self.options, self.dtypes):
+        if self.rehearsal is not None and (begin, options, dtypes) == (self.rehearsal.begin, self.options, self.dtypes):
             return self.rehearsal
         assert self.arguments is not None
-        schedule = _Schedule(self.arguments, options, begin)
+        schedule = Schedule(self.arguments, options, begin)
         found = rehearse(Recipe((*self.key, begin, freeze(options)), self.template, schedule, dtypes))
         if isinstance(found, Rehearsal):
             timesteps = self.held["timesteps"][begin : begin + len(found.rows)]
@@ -265,9 +306,9 @@ class Position:
                 return "timesteps are not those that the same set_timesteps makes elsewhere"
         return found
 
-    def _is_at_rest(self, name: str, value: Any, touched: list[str]) -> bool:
+    def _is_at_rest(self, name: str, touched: list[str]) -> bool:
         """Whether an attribute is as set_timesteps left it, the memory of an earlier run included: then it is spent."""
-        return name not in touched if self.start is None else same(value, self.start.get(name, _ABSENT))
+        return name not in touched if self.start is None else not self.start.differs(self.held, name)
 
     # What a row leaves
 
@@ -305,7 +346,7 @@ class Position:
     def _put(self, skeleton: Skeleton, latents: Sequence[Tensor]) -> None:
         for name, value in skeleton.items():
             self.held[name] = self.fill(value, latents)
-        self.absorb(skeleton)
+        self.left.take(self.held, skeleton)
 
 
 def _matches(
@@ -330,15 +371,20 @@ def _matches(
     return same(expected, value)
 
 
-def holds_just(value: Any, kept: Sequence[Any]) -> bool:
+def _holds_just(value: Any, kept: Sequence[Any]) -> bool:
     """Whether a list holds these objects."""
     return type(value) is list and len(value) == len(kept) and all(map(is_, value, kept))
 
 
-def with_own_lists(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A copy of attributes, of which those named are lists that may be written into."""
-    own = dict(held)
-    for name in names:
-        if type(value := own.get(name)) is list:
-            own[name] = list(value)
-    return own
+def _told(value: Any) -> Callable[[], Any] | None:
+    """What tells by its changes that a table was written into; None of a latent, which a row reads as it is."""
+    if isinstance(value, np.ndarray):
+        return value.tobytes
+    if not isinstance(value, Tensor) or value.ndim > 1:
+        return None
+    if not value.is_inference():
+        return partial(getattr, value, "_version")
+    if value.device.type != "cpu":
+        return None  # its contents would have to be waited for
+    bits = (torch.int8, torch.int16, torch.int32, torch.int64)[value.element_size().bit_length() - 1]
+    return value.view(bits).numpy().tobytes

@@ -94,11 +94,11 @@ def tabulate(
     Raises NotLinear where no table exists, NumericalError where diffusers itself divides by zero, TypeError for a name
     that neither method takes, and whatever diffusers itself raises for a schedule that it refuses.
     """
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     named = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu} | kwargs
 
     def build() -> StepTable:
-        return prune(probe(scheduler, _Schedule.of(scheduler, begin_index, named)))
+        return prune(probe(scheduler, Schedule.of(scheduler, begin_index, named)))
 
     return table_cache.get((fingerprint(scheduler), freeze(begin_index), freeze(named)), build)
 
@@ -108,7 +108,7 @@ def not_linear(subject: str, why: str, instead: str) -> NotLinear:
     return NotLinear(f"{subject} is not a table: {why}. Use instead: {instead}.")
 
 
-def _check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Any) -> None:
     name = type(scheduler).__name__
     if name in REFUSED:
         why, instead = REFUSED[name]
@@ -118,7 +118,7 @@ def _check_scheduler(scheduler: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Schedule:
+class Schedule:
     """The arguments of one tabulation, sorted by the method that takes them."""
 
     set_timesteps: dict[str, Any]
@@ -126,7 +126,7 @@ class _Schedule:
     begin_index: int
 
     @classmethod
-    def of(cls, scheduler: Any, begin_index: int, named: dict[str, Any]) -> _Schedule:
+    def of(cls, scheduler: Any, begin_index: int, named: dict[str, Any]) -> Schedule:
         """Sorts `named`; one of diffusers' pipelines' own four that is None was not given."""
         name = type(scheduler).__name__
         schedule_names, step_names = _named_parameters(type(scheduler))
@@ -155,7 +155,7 @@ def _named_parameters(cls: type) -> tuple[frozenset[str], frozenset[str]]:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         _parameters[cls] = tuple(  # type: ignore[assignment]  # a tuple of two, built in a loop
             frozenset(key for key, p in inspect.signature(method).parameters.items() if p.kind in named) - {"self"}
-            for method in (cls.set_timesteps, cls.step)  # type: ignore[attr-defined]  # checked by _Schedule.of
+            for method in (cls.set_timesteps, cls.step)  # type: ignore[attr-defined]  # checked by Schedule.of
         )
     return _parameters[cls]
 
@@ -197,7 +197,7 @@ class _Latent:
     put: Callable[[Tensor], None]
 
 
-def _latents(holder: Any, shape: torch.Size, prefix: str = "") -> Iterator[_Latent]:
+def latents_in(holder: Any, shape: torch.Size, prefix: str = "") -> Iterator[_Latent]:
     """Every tensor of `shape` in the scheduler's attributes, its lists and its nested schedulers, in a fixed order."""
     if isinstance(holder, (list, dict)):
         entries = list(enumerate(holder) if isinstance(holder, list) else holder.items())
@@ -221,7 +221,7 @@ def _latent_or_inside(value: Any, shape: torch.Size, path: str, put: Callable[[T
         if value.shape == shape:
             yield _Latent(path, value, put)
     elif type(value) in (list, dict) or _is_scheduler(value):
-        yield from _latents(value, shape, path)
+        yield from latents_in(value, shape, path)
 
 
 @dataclass
@@ -253,10 +253,10 @@ class _Row:
     x0_source: str | None
 
 
-class _Stepper:
+class Stepper:
     """A pristine scheduler after `set_timesteps`, and the one way in which its rows are walked."""
 
-    def __init__(self, scheduler: Any, schedule: _Schedule) -> None:
+    def __init__(self, scheduler: Any, schedule: Schedule) -> None:
         self.name = type(scheduler).__name__
         self.scheduler = pristine(scheduler)
         self.step_kwargs = dict(schedule.step)
@@ -321,30 +321,30 @@ def _unwatched(coefficient: Callable[..., float]) -> Callable[..., float]:
     return computed
 
 
-def probe(scheduler: Any, schedule: _Schedule) -> StepTable:
+def probe(scheduler: Any, schedule: Schedule) -> StepTable:
     """The full table, unpruned: every latent that the scheduler holds, named by its attribute; proved."""
-    with _plain_torch():
+    with plain_torch():
         rows, suspect, init_noise_sigma = _probe_rows(scheduler, schedule)
-        table = _assemble(rows, type(scheduler).__name__, init_noise_sigma)
+        table = assemble(rows, type(scheduler).__name__, init_noise_sigma)
         _require_finite(prune(table), scheduler)
         _prove(table, scheduler, schedule, suspect)
     return table
 
 
 @contextmanager
-def _plain_torch() -> Iterator[None]:
+def plain_torch() -> Iterator[None]:
     """No autograd and new tensors on the CPU, whatever the caller's thread has set."""
     on_cpu = torch.get_default_device().type == "cpu"  # torch.device() as a context costs 3 us an operation
     with torch.inference_mode(False), torch.no_grad(), nullcontext() if on_cpu else torch.device("cpu"):
         yield
 
 
-def _probe_rows(scheduler: Any, schedule: _Schedule) -> tuple[list[_Row], str | None, float]:
+def _probe_rows(scheduler: Any, schedule: Schedule) -> tuple[list[_Row], str | None, float]:
     width = 32
     while True:
         try:
-            stepper = _Stepper(scheduler, schedule)
-            prober = _Prober(stepper, width)
+            stepper = Stepper(scheduler, schedule)
+            prober = Prober(stepper, width)
             rows: list[_Row] = []
             for timestep in stepper.timesteps:
                 try:
@@ -362,10 +362,10 @@ class _BasisExhaustedError(Exception):
     """A row needs more basis vectors than there are; probed again with twice as many."""
 
 
-class _Prober:
+class Prober:
     """Reads rows off a stepper, one at a time, with `width` basis vectors."""
 
-    def __init__(self, stepper: _Stepper, width: int) -> None:
+    def __init__(self, stepper: Stepper, width: int) -> None:
         self.stepper, self.width = stepper, width
         self.shape = torch.Size((1, 1, 1, width))  # steps are elementwise, so the last dimension holds the basis
         self.suspect: str | None = None
@@ -390,7 +390,7 @@ class _Prober:
         self._next = 0
         scheduler = self.stepper.scheduler
         sample = self._basis()
-        held = list(_latents(scheduler, self.shape))
+        held = list(latents_in(scheduler, self.shape))
         for latent in held:
             latent.put(self._basis())
         model_output = self._basis()
@@ -399,9 +399,9 @@ class _Prober:
         if np.isfinite(scaled).all() and scaled[1:].any():
             raise self.stepper.refuse("scale_model_input is no scaling of the sample")
         converts = hasattr(scheduler, "convert_model_output")
-        before = _fork(scheduler)
+        before = fork(scheduler)
         trace = self._step(scheduler, sample, timestep, model_output)
-        latents = list(_latents(scheduler, self.shape))
+        latents = list(latents_in(scheduler, self.shape))
         images = np.stack([trace.sample, *(self._read(latent.value) for latent in latents)])
         if np.isfinite(images).all() and images[:, self._next :].any():
             raise self.stepper.refuse("it adds a constant to its latents")
@@ -521,18 +521,18 @@ class _Prober:
         raise self.stepper.refuse("scale_model_input clamps the sample")
 
 
-def _fork(scheduler: Any) -> Any:
+def fork(scheduler: Any) -> Any:
     """A copy whose next step leaves the original alone: attributes and lists copied, tensors shared."""
     forked = copy.copy(scheduler)
     for key, value in vars(scheduler).items():
         if type(value) is list:
             setattr(forked, key, list(value))
         elif _is_scheduler(value):
-            setattr(forked, key, _fork(value))
+            setattr(forked, key, fork(value))
     return forked
 
 
-def _assemble(rows: list[_Row], source: str, init_noise_sigma: float) -> StepTable:
+def assemble(rows: list[_Row], source: str, init_noise_sigma: float) -> StepTable:
     """Rows over bases of their own -> one table: every row padded to K latents and Z draws."""
     count = len(rows)
     K = max(len(names) for row in rows for names in (row.start, row.end))
@@ -593,9 +593,9 @@ def _require_finite(table: StepTable, scheduler: Any) -> None:
     )
 
 
-def _prove(table: StepTable, scheduler: Any, schedule: _Schedule, suspect: str | None) -> None:
+def _prove(table: StepTable, scheduler: Any, schedule: Schedule, suspect: str | None) -> None:
     """Walk the real scheduler and the table side by side on random tensors; they must agree to PROOF_TOLERANCE."""
-    stepper = _Stepper(scheduler, schedule)
+    stepper = Stepper(scheduler, schedule)
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor(PROOF_SCALES, dtype=torch.float64).view(-1, 1, 1, 1)
 
@@ -648,7 +648,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
 
     Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall.
     """
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     times = [float(t) for t in timesteps]
     if not times or any(later >= earlier for earlier, later in pairwise(times)):
         raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
@@ -660,15 +660,15 @@ def _renoise(scheduler: Any, times: list[float]) -> StepTable:
     name = type(scheduler).__name__
     steps = int(scheduler.config.num_train_timesteps)
     of_all = {"original_inference_steps": steps} if hasattr(scheduler.config, "original_inference_steps") else {}
-    whole = _Schedule.of(scheduler, 0, {"num_inference_steps": steps} | of_all)
-    with _plain_torch():
-        entries = _Stepper(scheduler, whole).timesteps
+    whole = Schedule.of(scheduler, 0, {"num_inference_steps": steps} | of_all)
+    with plain_torch():
+        entries = Stepper(scheduler, whole).timesteps
         rows: list[_Row] = []
         levels: list[tuple[float, float]] = []
         for t in times:
             index = int((entries.double() - t).abs().argmin())
-            stepper = _Stepper(scheduler, _Schedule(whole.set_timesteps, whole.step, index))
-            prober = _Prober(stepper, 32)
+            stepper = Stepper(scheduler, Schedule(whole.set_timesteps, whole.step, index))
+            prober = Prober(stepper, 32)
             row = prober.row(entries[index])
             if row.x0 is None:
                 raise not_linear(
@@ -703,9 +703,9 @@ def _renoise(scheduler: Any, times: list[float]) -> StepTable:
     )  # fmt: skip
 
 
-def _noise_level(scheduler: Any, schedule: _Schedule, timestep: Tensor) -> tuple[float, float]:
+def _noise_level(scheduler: Any, schedule: Schedule, timestep: Tensor) -> tuple[float, float]:
     """(alpha, sigma) of the scheduler's own `add_noise` (or `scale_noise`) at `timestep`."""
-    stepper = _Stepper(scheduler, schedule)
+    stepper = Stepper(scheduler, schedule)
     own = stepper.scheduler
     if hasattr(own, "_begin_index"):
         own._begin_index = None  # else add_noise takes the begin index for the timestep's

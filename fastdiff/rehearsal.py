@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastdiff.intercept import Interception
 from fastdiff.probe import (
     PROOF_SHAPE,
-    _assemble,
-    _fork,
-    _latents,
-    _plain_torch,
-    _Prober,
-    _Schedule,
-    _Stepper,
+    Prober,
+    Schedule,
+    Stepper,
+    assemble,
+    fork,
+    latents_in,
+    plain_torch,
     probe,
     table_cache,
 )
@@ -144,7 +144,7 @@ class Recipe:
 
     key: Hashable
     template: Any = field(compare=False)  # never stepped
-    schedule: _Schedule = field(compare=False)
+    schedule: Schedule = field(compare=False)
     dtypes: Dtypes
 
 
@@ -153,7 +153,7 @@ def rehearse(recipe: Recipe) -> Rehearsal | Exception:
     """The rehearsal, or why there is none, remembered too: a step must not probe what was refused before."""
     try:
         table = table_cache.get(("unpruned", recipe.key), lambda: probe(recipe.template, recipe.schedule))
-        with _plain_torch():
+        with plain_torch():
             return _Walk(recipe, table).rehearsal()
     except Exception as refused:  # the scheduler's own step() will raise it, or run where the table cannot
         return refused.with_traceback(None)  # which would keep the walk alive
@@ -166,7 +166,7 @@ class _Actor(Interception):
         return False
 
 
-class _FieldStepper(_Stepper):
+class _FieldStepper(Stepper):
     """A stepper that takes one field of the output for the x0 prediction, so that the prober reads its row."""
 
     field = ""
@@ -183,7 +183,7 @@ class _Walk:
 
     def __init__(self, recipe: Recipe, table: StepTable) -> None:
         self.recipe, self.table = recipe, table
-        self.stepper = _Stepper(recipe.template, recipe.schedule)
+        self.stepper = Stepper(recipe.template, recipe.schedule)
         if not self.stepper.takes_return_dict:
             raise self.stepper.refuse("its step() takes no return_dict")
         self.shape = torch.Size(PROOF_SHAPE)
@@ -202,7 +202,7 @@ class _Walk:
             finds_itself = int(stepper.scheduler.index_for_timestep(timesteps[0])) == begin
         ones = [torch.ones(self.shape, dtype=dtype) for dtype in self.recipe.dtypes]
         with _Actor(self.shape, self._draw, torch.clamp, stepper.refuse):
-            forked = _fork(stepper.scheduler)
+            forked = fork(stepper.scheduler)
             if hasattr(forked, "scale_model_input"):
                 forked.scale_model_input(ones[0], timesteps[0])  # without, some warn of what no user did
             short = forked.step(ones[1], timesteps[0], ones[0], **stepper.step_kwargs, return_dict=False)
@@ -232,7 +232,7 @@ class _Walk:
 
     def _skeleton(self) -> Skeleton:
         scheduler = self.stepper.scheduler
-        paths = {latent.path: 1 + i for i, latent in enumerate(_latents(scheduler, self.shape))}
+        paths = {latent.path: 1 + i for i, latent in enumerate(latents_in(scheduler, self.shape))}
         state = {name: self._stand_in(value, name, paths) for name, value in vars(scheduler).items()}
         if paths:
             raise self.stepper.refuse(f"it keeps latents deeper than its attributes: {', '.join(paths)}")
@@ -253,9 +253,9 @@ class _Walk:
         """Step once, and say of every tensor that came of it which sum it is; the output too."""
         table, scheduler, self.drawn = self.table, self.stepper.scheduler, []
         sample, model_output = (torch.ones(self.shape, dtype=dtype) for dtype in self.recipe.dtypes)
-        start = [sample, *(latent.value for latent in _latents(scheduler, self.shape))]
+        start = [sample, *(latent.value for latent in latents_in(scheduler, self.shape))]
         output = scheduler.step(model_output, timestep, sample, **self.stepper.step_kwargs, return_dict=True)
-        end = [output.prev_sample, *(latent.value for latent in _latents(scheduler, self.shape))]
+        end = [output.prev_sample, *(latent.value for latent in latents_in(scheduler, self.shape))]
         if len(self.drawn) != len(table.draws[row]) or len(start) != len(table.latents[row]):
             raise self.stepper.refuse("its steps draw or keep other tensors in other dtypes")
         count, K, work = len(start), table.memory, self.work
@@ -303,9 +303,9 @@ class _Walk:
             with _disable_current_modes():
                 stepper = _FieldStepper(self.recipe.template, self.recipe.schedule)
                 stepper.field = name
-                prober = _Prober(stepper, 32)
+                prober = Prober(stepper, 32)
                 rows = [prober.row(timestep) for timestep in stepper.timesteps[: len(self.table)]]
-                self.field_rows[name] = _assemble(rows, self.table.source, 1.0).x0_row
+                self.field_rows[name] = assemble(rows, self.table.source, 1.0).x0_row
         return self.field_rows[name]
 
 

@@ -15,7 +15,8 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -25,10 +26,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastdiff.errors import FastdiffError
 from fastdiff.intercept import Interception
-from fastdiff.position import Position, Reason, holds_just
-from fastdiff.probe import _check_scheduler, _is_scheduler
-
-_ABSENT: Any = object()
+from fastdiff.position import Position, Reason, Snapshot
+from fastdiff.probe import check_scheduler
 
 
 class TableStats(NamedTuple):
@@ -45,9 +44,9 @@ def table_scheduler(scheduler: Any, *, strict: bool = False) -> Any:
     linear) is the original's own and gives its result; the first one warns, with `strict` any raises FastdiffError.
     Raises NotLinear for a class that has no table.
     """
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     handle = object.__new__(table_scheduler_class(_original(type(scheduler))))
-    vars(handle).update(_own(vars(scheduler), {}))
+    vars(handle).update(copy.deepcopy(vars(scheduler)))
     handle._table_state().strict = strict
     return handle
 
@@ -154,9 +153,9 @@ class TableScheduler:
         return TableStats(table.hits, table.fallbacks)
 
     def for_request(self) -> Self:
-        """A handle for one request: the same schedule at its start, for the price of copying two dicts.
+        """A handle for one request: the same schedule at its start, for the price of copying a few dicts.
 
-        Tables (timesteps, sigmas, alphas) are shared; nothing here or in diffusers writes into them.
+        Tables (timesteps, sigmas, alphas) are shared until `set_timesteps` makes new ones: to edit one, replace it.
         """
         position = self._table_state().position
         return self._table_copy(position.copied if position.start is None else position.anew)
@@ -165,25 +164,25 @@ class TableScheduler:
         return self._table_copy(self._table_state().position.copied)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """What `for_request()` gives, with the current row, memory and counts, and a config of its own."""
-        table, position = self._table_state(), self._table.position
-        own = _own(position.held, memo)
-
-        def over(held: dict[str, Any]) -> Position:
-            held.update(own)
-            return position.deep_copied(held)
-
-        copied = memo[id(self)] = self._table_copy(over)
-        copied._table.hits, copied._table.fallbacks = table.hits, table.fallbacks
-        if table.lent is not None and position.held["_internal_dict"] is table.lent:
-            copied._table.lent = own["_internal_dict"]
+        """The current row, memory and counts, and nothing shared that anyone writes into."""
+        restored, parts = self.__reduce__()
+        position = self._table.position
+        memo[id(position.template)] = position.template
+        with _counting_writes():
+            for value in vars(self).values():
+                if isinstance(value, Tensor) and id(value) not in memo:
+                    memo[id(value)] = value.clone()  # its own deepcopy takes ten times as long
+            copied: Self = restored(*copy.deepcopy(parts, memo))
+        if position.arguments is not None and "timesteps" not in position.edited():
+            copied._table.position.twin = position.held["timesteps"]
         return copied
 
     def __reduce__(self) -> Any:
-        table, position = self._table_state(), self._table.position
+        table = self._table_state()
+        position = table.position
         told = {name: getattr(table, name) for name in ("strict", "lent", "settled", "hits", "fallbacks")}
-        place = {name: getattr(position, name) for name in ("template", "arguments", "begin", "start", "start_lists")}
-        return _restored, (self._table_calls.cls, position.held, position.touched(), told, place)
+        place = {name: getattr(position, name) for name in ("template", "arguments", "begin", "start", "first")}
+        return _restored, (self._table_calls.cls, position.held, position.edited(), told, place)
 
     def _table_state(self) -> _Table:
         try:
@@ -204,7 +203,7 @@ class TableScheduler:
         arguments = calls.arguments(self, args, kwargs)
         before = table.position
         if table.lent is not None and held["_internal_dict"] is table.lent:
-            held["_internal_dict"] = before.left["_internal_dict"] = table.settled  # mu was the last request's
+            held["_internal_dict"] = before.left.values["_internal_dict"] = table.settled  # mu was the last request's
         table.lent = table.settled = None
         settled = held["_internal_dict"] = _settled(held["_internal_dict"])
         template = _template(calls.cls, before)
@@ -212,7 +211,8 @@ class TableScheduler:
             table.settled, table.lent = settled, type(settled)(settled)
             held["_internal_dict"] = table.lent
         table.position = Position.resting(held)  # should the original raise
-        returned = calls.cls.set_timesteps(self, *args, **kwargs)
+        with _counting_writes():
+            returned = calls.cls.set_timesteps(self, *args, **kwargs)
         table.position = Position.scheduled(held, template, arguments)
         # What the last run was asked for is a good guess at what this one will be.
         table.position.options, table.position.dtypes = before.options, before.dtypes
@@ -248,7 +248,7 @@ class TableScheduler:
         if reason is None:
             reason = position.find(timestep, sample, options, (sample.dtype, model_output.dtype))
         if reason is not None:
-            return self._table_fall_back(reason, args, kwargs)
+            return self._table_fall_back(reason, timestep, args, kwargs)
         rehearsal, row = position.current
         noise = _noise(row.draws, sample, generator) if row.draws else []
         latents, made = row.advance([sample, *position.latents], model_output, noise)
@@ -258,10 +258,10 @@ class TableScheduler:
             return rehearsal.output_class(**{name: position.fill(value, latents, made) for name, value in row.output})
         return tuple(position.fill(value, latents, made) for _, value in row.output[: rehearsal.tuple_length])
 
-    def _table_fall_back(self, reason: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _table_fall_back(self, reason: Reason, timestep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original's own step, on the attributes as they are."""
         table, position = self._table, self._table.position
-        place = f"{type(self).__name__} at row {position.index}"
+        place = f"{type(self).__name__}{position.place(timestep)}"
         why = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
         if table.strict:
             if isinstance(reason, FastdiffError):
@@ -277,23 +277,19 @@ class TableScheduler:
         finally:
             position.row = -1
             if position.rehearsal is not None:  # edited memory has had its step
-                position.absorb(name for name in position.rehearsal.moving if name in position.held)
+                held = position.held
+                position.left.take(held, (name for name in position.rehearsal.moving if name in held))
 
     def _table_original(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method of the original; what it changes is nobody's edit."""
         position, held = self._table.position, vars(self)
-        before = {name: (value, tuple(value) if type(value) is list else None) for name, value in held.items()}
+        before = Snapshot.of(held)
         try:
             return method(self, *args, **kwargs)
         finally:
-            changed = []
-            for name, value in held.items():
-                was, items = before.get(name, (_ABSENT, None))
-                if value is not was or (items is not None and not holds_just(value, items)):
-                    changed.append(name)
-            if changed:
+            if changed := before.touched(held):
                 position.row = -1
-            position.absorb(changed)
+            position.left.take(held, changed)
 
 
 @dataclass(slots=True)
@@ -309,7 +305,7 @@ class _Table:
 
 
 def _restored(
-    cls: Any, held: dict[str, Any], touched: list[str], told: dict[str, Any], place: dict[str, Any]
+    cls: Any, held: dict[str, Any], edited: list[str], told: dict[str, Any], place: dict[str, Any]
 ) -> TableScheduler:
     """The inverse of `TableScheduler.__reduce__`: the rehearsal is looked up again at the first step."""
     handle: TableScheduler = object.__new__(table_scheduler_class(cls))
@@ -319,10 +315,8 @@ def _restored(
         position = Position.resting(held)
     else:
         position = Position.scheduled(held, place["template"], place["arguments"])
-    position.begin, position.start, position.start_lists = place["begin"], place["start"], place["start_lists"]
-    for name in touched:
-        position.left[name] = _ABSENT
-        position.lists.pop(name, None)
+    position.begin, position.start, position.first = place["begin"], place["start"], place["first"]
+    position.left.edited.update(edited)
     handle._table = _Table(position, **told)
     return handle
 
@@ -338,28 +332,11 @@ def _template(cls: Any, before: Position) -> Any:
     return template
 
 
-def _own(held: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
-    """Attributes of another scheduler's own: everything that a step or an edit writes into copied, tables shared."""
-    return {name: _own_value(value, memo) for name, value in held.items()}
-
-
-def _own_value(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, Tensor) and value.ndim > 1:
-        if id(value) not in memo:
-            memo[id(value)] = value.clone()
-        return memo[id(value)]
-    if type(value) is list:
-        return [_own_value(item, memo) for item in value]
-    if isinstance(value, dict):
-        return copy.copy(value)
-    return copy.deepcopy(value, memo) if _is_scheduler(value) else value
-
-
 def _at_rest(value: Any) -> Any:
-    """An attribute without latents: a template must not keep a request's memory alive."""
-    if isinstance(value, Tensor) and value.ndim > 1:
-        return None
-    return list(map(_at_rest, value)) if type(value) is list else value
+    """A copy of an attribute without latents: a template must neither change nor keep a request's memory alive."""
+    if isinstance(value, Tensor):
+        return None if value.ndim > 1 else value.detach().clone()
+    return list(map(_at_rest, value)) if type(value) is list else copy.deepcopy(value)
 
 
 def _settled(config: Any) -> Any:
@@ -385,6 +362,14 @@ def _noise(draws: tuple[torch.dtype, ...], sample: Tensor, generator: Any) -> li
     from diffusers.utils.torch_utils import randn_tensor  # which knows lists of generators and where each draws
 
     return [randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype) for dtype in draws]
+
+
+@contextmanager
+def _counting_writes() -> Iterator[None]:
+    """No inference mode, whose tensors do not count what is written into them."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 def _is_probed() -> bool:

@@ -146,10 +146,10 @@ def test_memory_after_pruning(name: str, config: dict[str, Any], memory: int) ->
 
 
 def test_the_unpruned_table_names_the_attribute_behind_each_latent() -> None:
-    from fastdiff.probe import _Schedule, probe
+    from fastdiff.probe import Schedule, probe
 
     scheduler = diffusers.IPNDMScheduler()
-    table = probe(scheduler, _Schedule.of(scheduler, 0, {"num_inference_steps": 8}))
+    table = probe(scheduler, Schedule.of(scheduler, 0, {"num_inference_steps": 8}))
     assert table.latents[0] == ("sample",)
     assert table.latents[8][:3] == ("sample", "ets[0]", "ets[1]")
     assert table.memory == 9  # the list only grows

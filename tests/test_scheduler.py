@@ -9,10 +9,12 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -439,6 +441,88 @@ def test_edits_in_mid_run_are_honoured_by_the_originals_step(name: str, edit: Ho
     assert both(original, handle, edited) == fallbacks
 
 
+def repeat_last_sigma(scheduler: Any) -> None:
+    scheduler.sigmas[-1] = scheduler.sigmas[-2]  # Cosmos pipelines, after set_timesteps
+
+
+def scale_sigmas(scheduler: Any) -> None:
+    scheduler.sigmas.mul_(1.01)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "EDMEulerScheduler"])
+@pytest.mark.parametrize("edit", [repeat_last_sigma, scale_sigmas])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_schedule_that_was_written_into_is_the_originals(
+    name: str, edit: Callable[[Any], None], inference: bool
+) -> None:
+    def edited(scheduler: Any) -> Any:
+        with torch.inference_mode(inference):
+            scheduler.set_timesteps(8)
+            edit(scheduler)
+            return loop(scheduler, scheduler.timesteps)
+
+    def plain(scheduler: Any) -> Any:
+        scheduler.set_timesteps(8)
+        return loop(scheduler, scheduler.timesteps)
+
+    original, handle = pair(getattr(diffusers, name)())
+    for _ in range(2):
+        assert both(original, handle, edited) == 8
+    request = handle.for_request()  # of a run that began with an edit
+    with pytest.warns(UserWarning, match="sigmas was edited"):
+        request.step(randn(0), request.timesteps[0], randn(1))
+    assert both(original, handle, plain) == 0  # the edit was to that schedule alone
+
+
+@pytest.mark.parametrize("name", oracle.AFFINE)
+@pytest.mark.parametrize("row", [0, 2])
+def test_no_write_into_an_attribute_is_missed(name: str, row: int) -> None:
+    """Each tensor, array and list of numbers, in place, before the run and within it."""
+    cell = base(name)
+    scheduler = cell.build()
+    oracle.prepare(cell, scheduler)
+    attributes = [key for key, value in vars(scheduler).items() if written(value)]
+    assert "timesteps" in attributes
+    fallbacks = []
+    for attribute in attributes:
+
+        def edit(at: int, scheduler: Any, attribute: str = attribute) -> None:
+            if at == row:
+                assert written(vars(scheduler)[attribute])
+
+        original, handle = pair(cell.build())
+        expected = outcome(partial(run, cell, original, hook=edit))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = outcome(partial(run, cell, handle, hook=edit))
+        if isinstance(expected, str):
+            assert got == expected, attribute
+        else:
+            assert worst(expected, got) <= 1e-5, attribute
+        fallbacks.append(handle.stats.fallbacks)
+    assert all(fallbacks) or len(expected) <= row
+
+
+def written(value: Any) -> bool:
+    """Write into a table: whether it is one."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2:
+        value *= 0.75 if isinstance(value, Tensor) and value.dtype.is_floating_point else 1
+        value += 0 if isinstance(value, Tensor) and value.dtype.is_floating_point else 1
+        return True
+    if type(value) is list and value and type(value[0]) is int:
+        value[-1] = 3 - value[-1]
+        return True
+    return False
+
+
+def outcome(act: Callable[[], Any]) -> Any:
+    """What it gives, or what it raises."""
+    try:
+        return act()
+    except (ValueError, IndexError, RuntimeError) as error:
+        return repr(error)
+
+
 @pytest.mark.parametrize(("name", "fallbacks"), [("EulerDiscreteScheduler", 4), ("DDIMScheduler", 0)])
 def test_a_step_done_twice_is_what_it_is_in_the_original(name: str, fallbacks: int) -> None:
     def twice(scheduler: Any) -> Any:
@@ -497,18 +581,33 @@ def test_the_first_fallback_warns_and_strict_raises() -> None:
             handle.step(randn(0), handle.timesteps[2] + 1, randn(0))
 
     handle = table_scheduler(diffusers.DPMSolverMultistepScheduler())
-    with pytest.warns(UserWarning, match="DPMSolverMultistepScheduler at row 2: its own step.*timestep") as caught:
+    with pytest.warns(UserWarning, match="DPMSolverMultistepScheduler at row 2 .*: its own step.*timestep") as caught:
         off_schedule(handle)
     ours = [warning for warning in caught if "its own step" in str(warning.message)]
     assert [Path(warning.filename) for warning in ours] == [Path(__file__)]
     assert handle.stats == (2, 2)
-    with pytest.warns(UserWarning, match="DDIMScheduler at row 2: its own step"):  # which keeps no index itself
+    with pytest.warns(UserWarning, match="DDIMScheduler at row 2 .*: its own step"):  # which keeps no index itself
         off_schedule(table_scheduler(diffusers.DDIMScheduler()))
     strict = table_scheduler(diffusers.DPMSolverMultistepScheduler(), strict=True)
-    with pytest.raises(FastdiffError, match="DPMSolverMultistepScheduler at row 2: expected the next step"):
+    with pytest.raises(FastdiffError, match=r"DPMSolverMultistepScheduler at row 2 .*: expected the next"):
         off_schedule(strict)
     loop(strict, strict.timesteps[2:])  # nothing moved
     assert strict.stats == (6, 0)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])  # without and with an index of its own
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_fallback_says_which_row_of_an_image_to_image_run_it_is(name: str, steps: int) -> None:
+    handle = table_scheduler(getattr(diffusers, name)())
+    handle.set_timesteps(8)
+    loop(handle, handle.timesteps[5:])  # an earlier run from elsewhere
+    handle = handle.for_request()
+    handle.set_timesteps(8)
+    timesteps = handle.timesteps[3:]
+    loop(handle, timesteps[:steps])
+    handle.alphas_cumprod.mul_(0.5)
+    with pytest.warns(UserWarning, match=rf"{name} at row {steps} \(timesteps\[{3 + steps}\]\): its own step"):
+        loop(handle, timesteps[steps:])
 
 
 def test_an_option_that_is_not_linear_falls_back_and_strict_raises() -> None:
@@ -636,12 +735,12 @@ def test_a_copy_in_mid_run_is_a_request_with_its_row_and_memory(name: str) -> No
         assert_attributes_equal(handle, copied)
 
 
-def test_copies_share_tables_and_no_memory() -> None:
+def test_a_request_shares_tables_and_no_memory() -> None:
     handle = table_scheduler(diffusers.UniPCMultistepScheduler(), strict=True)
     handle.set_timesteps(7)
     loop(handle, handle.timesteps[:4])
     copied, request = copy.deepcopy(handle), handle.for_request()
-    assert copied.alphas_cumprod is handle.alphas_cumprod is request.alphas_cumprod
+    assert handle.alphas_cumprod is request.alphas_cumprod
     assert copied.model_outputs[1] is not handle.model_outputs[1]
     assert copied.last_sample.data_ptr() != handle.last_sample.data_ptr()
     assert request.model_outputs == [None, None]
@@ -652,6 +751,63 @@ def test_copies_share_tables_and_no_memory() -> None:
     assert handle.for_request().model_outputs == [None, None]
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("attribute", ["sigmas", "timesteps", "alphas_cumprod"])
+def test_a_deep_copy_is_independent(attribute: str, inference: bool) -> None:
+    original = diffusers.EulerDiscreteScheduler()
+    plain = copy.deepcopy(original)
+    plain.set_timesteps(7)
+    expected = loop(plain, plain.timesteps)
+    handle = table_scheduler(original, strict=True)
+    original.alphas_cumprod.zero_()  # a handle is a copy of its scheduler
+    handle.set_timesteps(7)
+    with torch.inference_mode(inference):
+        copied, other = copy.deepcopy((handle, handle))
+        again = copy.deepcopy(copied)
+        assert copied is other
+        vars(copied)[attribute].mul_(0.5)
+        assert worst(expected, loop(handle, handle.timesteps)) <= 1e-5
+        assert worst(expected, loop(again, again.timesteps)) <= 1e-5
+        with pytest.raises(FastdiffError, match=f"but {attribute} (was edited|are not those)"):
+            copied.step(randn(0), copied.timesteps[0], randn(1))
+        again.set_timesteps(7)
+        assert worst(expected, loop(again, again.timesteps)) <= 1e-5
+    assert handle.stats.fallbacks == again.stats.fallbacks == 0
+
+
+def test_a_deep_copy_is_stepped_by_the_timesteps_of_either() -> None:
+    """As vLLM-Omni does; by memory, so that no device is asked."""
+    handle = table_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), strict=True)
+    handle.set_timesteps(6)
+    expected = loop(handle, handle.timesteps)
+    copied = copy.deepcopy(handle.for_request())
+    copied.set_begin_index(0)
+    own = copy.deepcopy(copied)
+    reads = []
+
+    def count(row: int, scheduler: Any) -> None:
+        reads.append(operations.reads)
+
+    with Operations() as operations:
+        assert worst(expected, loop(copied, handle.timesteps, hook=count)) == 0.0
+    assert reads[1:] == [reads[1]] * 5
+    assert worst(expected, loop(own, own.timesteps)) == 0.0
+
+
+def test_a_write_into_a_shared_table_is_the_originals_in_every_request() -> None:
+    original, handle = pair(diffusers.UniPCMultistepScheduler())
+    for scheduler in (original, handle):
+        scheduler.set_timesteps(7)
+        loop(scheduler, scheduler.timesteps)
+    request = handle.for_request()
+    request.sigmas.mul_(1.1)
+    original.set_timesteps(7)
+    original.sigmas.mul_(1.1)
+    assert both(original, request, lambda scheduler: loop(scheduler, scheduler.timesteps)) == 7
+    with pytest.warns(UserWarning, match="sigmas was edited"):
+        loop(handle.for_request(), handle.timesteps)
+
+
 def test_an_edit_survives_a_copy() -> None:
     handle = table_scheduler(diffusers.DPMSolverMultistepScheduler(), strict=True)
     handle.set_timesteps(7)
@@ -660,6 +816,12 @@ def test_an_edit_survives_a_copy() -> None:
     for copied in (copy.deepcopy(handle), copy.copy(handle), pickle.loads(pickle.dumps(handle))):
         with pytest.raises(FastdiffError, match="model_outputs was edited"):
             copied.step(randn(0), copied.timesteps[4], randn(1))
+    handle.set_timesteps(7)
+    loop(handle, handle.timesteps[:4])
+    handle.sigmas[-1] = handle.sigmas[-2]
+    for copied in (copy.deepcopy(handle), copy.copy(handle), pickle.loads(pickle.dumps(handle)), handle.for_request()):
+        with pytest.raises(FastdiffError, match="sigmas was edited"):
+            copied.step(randn(0), copied.timesteps[0 if copied.step_index is None else 4], randn(1))
 
 
 def test_handles_run_side_by_side_in_threads() -> None:
