@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType, TracebackType
@@ -235,9 +237,12 @@ class Regions:
     """A model's repeated blocks, compiled, and in place only inside a `with`: the model is the user's."""
 
     def __init__(self, model: nn.Module | None, n: int, how: Compile, backend: str) -> None:
-        names = getattr(model, "_repeated_blocks", None)
+        names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None)  # as SD 3 has it
         if model is None or not names:
-            raise PlanMismatch(f"{type(model).__name__} names no _repeated_blocks to compile; set regional = false")
+            raise PlanMismatch(
+                f"{type(model).__name__} names no _repeated_blocks and no _no_split_modules to compile; set "
+                "regional = false"
+            )
         self._former: dict[int, Any] = {}  # what the user compiled
         call = own_code(nn.Module._call_impl, f"block_{n}")  # one code for all blocks of a size, so they share graphs
         mode = None if how == "default" else how
@@ -284,7 +289,12 @@ def own_code(function: Callable[..., Any], name: str) -> FunctionType:
 
 
 class StepGraphs:
-    """CUDA graphs of the step by segment and batch size: one memory pool, one stream, replayed one at a time."""
+    """CUDA graphs of the step by segment and batch size: one memory pool, one stream, replayed one at a time.
+
+    The captures of a process take turns. Meanwhile no other thread may enqueue on streams of its own: the capture
+    stream is one of the 32 that torch hands out in turn, and what lands on it would be captured too. So capture before
+    you serve. (It is not one of high priority: graphs keep the priority of the stream that they were captured on.)
+    """
 
     def __init__(self, device: torch.device, unroll: int) -> None:
         if device.type != "cuda":
@@ -299,14 +309,13 @@ class StepGraphs:
         self._functions: dict[Key, StepFunction] = {}  # a compiled step owns constants that its graph reads
         self._replays: dict[Key, int] = {}
         self._sizes: dict[int, tuple[int, ...]] = {}
-        with torch.cuda.device(self._device):
-            self._pool = torch.cuda.MemPool()
-            self._stream = torch.cuda.Stream()
+        self._pools: list[torch.cuda.MemPool] = []  # the last is captured into, the others hold what they held
+        self._stream = torch.cuda.Stream(self._device)
 
     @property
     def pool_bytes(self) -> int:
         """What torch holds for the graphs' activations, which all sizes share."""
-        return sum(segment["total_size"] for segment in self._pool.snapshot())
+        return sum(segment["total_size"] for pool in self._pools for segment in pool.snapshot())
 
     @property
     def nbytes(self) -> int:
@@ -330,16 +339,19 @@ class StepGraphs:
     def capture(self, n: int, function: StepFunction, budget_bytes: int | None = None, segment: int = 0) -> bool:
         """Warm up, compile and capture size n; False, and no graph kept, if it would not fit the budget."""
         key = segment, n
-        with torch.cuda.device(self._device), torch.no_grad():
+        with _one_capture, torch.cuda.device(self._device), torch.no_grad():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            if not self._pools:
+                self._pools.append(torch.cuda.MemPool())
             pool_before, reserved_before = self.pool_bytes, torch.cuda.memory_reserved()
             free_before, _ = torch.cuda.mem_get_info()
             try:
                 compile_s = self._timed(function)  # outside the pool: autotuning allocates for itself
-                with torch.cuda.use_mem_pool(self._pool):
-                    warm_up_s = sum(self._timed(function) for _ in range(WARM_UP_STEPS - 1))
-                graph, capture_s = self._captured(n, function)
+                with _no_garbage_collection():
+                    with torch.cuda.use_mem_pool(self._pools[-1]):
+                        warm_up_s = sum(self._timed(function) for _ in range(WARM_UP_STEPS - 1))
+                    graph, capture_s = self._captured(n, function)
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(
                     f"no room to capture batch size {n} beside {self.sizes(segment)}: {str(error).splitlines()[0]}; "
@@ -380,12 +392,13 @@ class StepGraphs:
             self._evict(min(others, key=self._replays.__getitem__))
 
     def close(self) -> None:
-        """Release every graph and the pool, once all that was enqueued has run."""
-        torch.cuda.synchronize(self._device)
-        for graph in self._graphs.values():
-            graph.reset()
-        for entries in (self._graphs, self._functions, self._replays, self.built, self._sizes):
-            entries.clear()
+        """Release every graph and the pool, once all that was enqueued has run; a later capture makes its own anew."""
+        with _one_capture:  # in whose midst no pool may die
+            torch.cuda.synchronize(self._device)
+            for graph in self._graphs.values():
+                graph.reset()
+            for entries in (self._graphs, self._functions, self._replays, self.built, self._sizes, self._pools):
+                entries.clear()
 
     def _evict(self, key: Key) -> None:
         self._graphs.pop(key).reset()
@@ -410,36 +423,75 @@ class StepGraphs:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph, started = torch.cuda.CUDAGraph(), time.perf_counter()
-        pool: Any = self._pool.id  # a plain tuple, which torch types as a handle of its own
+        pool: Any = self._pools[-1].id  # a plain tuple, which torch types as a handle of its own
+        references = self._pools[-1].use_count()
         with torch.cuda.stream(self._stream):
             torch._C._cuda_clearCublasWorkspaces()  # the graph's own is of its pool, whoever clears cuBLAS's later
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
+                with torch.inference_mode(False):  # in which the generator's tensors would serve no capture outside
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 for _ in range(self._unroll):
                     function()
                 graph.capture_end()
             except BaseException as error:
-                self._abandon(graph)
+                self._abandon(graph, references)
                 if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                     raise
+                why = (str(error) or type(error).__name__).splitlines()[0]
                 raise CannotCapture(
-                    f"the step cannot be captured at batch size {n}: {str(error).splitlines()[0]}; "
+                    f"the step cannot be captured at batch size {n}: {why}; "
                     "`python -m fastdiff.bench doctor` names the operation, its file and line; then call recapture()"
                 ) from error
-            torch._C._cuda_clearCublasWorkspaces()  # back to the pool: the next size takes the same
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()  # back to the pool: the next size takes the same
         return graph, time.perf_counter() - started
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed: torch leaves its allocator recording where the stream's capture was invalid."""
-        _abandoned.append(graph)  # the allocator of pinned memory keeps a pointer to it
+    def _abandon(self, graph: torch.cuda.CUDAGraph, references: int) -> None:
+        """End a capture that failed, and leave its pool, to which there were so many references, if it is spoilt.
+
+        Where the stream's capture was invalid torch 2.11 ends nothing but that: its two allocators go on recording to
+        the pool, which is never released, and its generator refuses to draw. The allocator of device memory is told
+        here; that of pinned memory cannot be, and keeps the pool's id and a pointer to the graph for ever. Later
+        versions do more and more of this by themselves, so it is asked what is left.
+        """
+        device, pool = torch.cuda.current_device(), self._pools[-1]
         try:
             graph.capture_end()
         except RuntimeError:
-            device, pool = torch.cuda.current_device(), self._pool.id
-            with suppress(RuntimeError):  # it is not recording: capture_end came as far as that
-                torch._C._cuda_endAllocateToPool(device, pool)
-                torch._C._cuda_releasePool(device, pool)
-        graph.reset()
+            _abandoned.append(graph)
+            with suppress(RuntimeError):  # it is not recording
+                torch._C._cuda_endAllocateToPool(device, pool.id)
+            graph.reset()
+            if pool.use_count() > references:
+                torch._C._cuda_releasePool(device, pool.id)
+            self._pools.append(torch.cuda.MemPool())
+            _end_capture_of_the_generator()
+        else:
+            graph.reset()
 
 
+_one_capture = threading.RLock()  # torch's allocator clears its cache for one, and must not in the midst of another
 _abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A pool that died in a reference cycle would be freed in the midst of a capture, and torch aborts the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _end_capture_of_the_generator() -> None:
+    """By a capture that succeeds: torch tells the default generator of the end in no other place."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(False), torch.cuda.stream(torch.cuda.Stream()):
+        scratch = torch.empty(1, device="cuda")
+        graph.capture_begin(capture_error_mode="thread_local")
+        scratch.zero_()  # torch warns of an empty graph
+        graph.capture_end()
+    graph.reset()

@@ -338,7 +338,10 @@ def test_a_graph_is_profiled_kernel_by_kernel_and_counted_as_the_row_it_captured
     slots = slots_of(device="cuda")
     modes = [Steps(toy_model, slots, mode) for mode in ("eager", "step-graph")]
     eager, replay = (profile_step(partial(steps, N), toy_model, slots.batch(N), []) for steps in modes)
-    assert replay.launches == eager.launches
+    assert eager.launches is not None
+    assert replay.launches is not None
+    copies = len(slots.batch(N).planes)  # of latents back into their place; nothing says that a graph's are listed
+    assert eager.launches - copies <= replay.launches <= eager.launches
     assert (replay.operations, replay.flops, replay.traffic_bytes) == (
         eager.operations, eager.flops, eager.traffic_bytes,
     )  # fmt: skip
