@@ -44,7 +44,23 @@ def rescale(guided: Tensor, conditional: Tensor, phi: Tensor) -> Tensor:
     return torch.where(phi == 0, guided, phi * (guided * ratio) + (1 - phi) * guided)
 
 
+def paired(
+    sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The inputs of one call at batch 2n: sample and timestep of each slot twice, [2n, ...] of [n, 2, ...] per name."""
+    return (
+        sample.repeat_interleave(2, dim=0),
+        timestep.repeat_interleave(2),
+        {name: tensor.flatten(0, 1) for name, tensor in conditioning.items()},
+    )
+
+
 def guide_pairs(output: Tensor, scale: Tensor) -> Tensor:
-    """`guide` of one call at batch 2n: each slot unconditional, conditional; [n, ...] of [2n, ...]."""
+    """`guide` of one call at batch 2n: [n, ...] of [2n, ...]."""
+    return guide(*unpaired(output), scale)
+
+
+def unpaired(output: Tensor) -> tuple[Tensor, Tensor]:
+    """The unconditional and the conditional output, [n, ...] each, of one call at batch 2n."""
     unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
-    return guide(unconditional, conditional, scale)
+    return unconditional, conditional

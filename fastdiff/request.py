@@ -13,6 +13,12 @@ from torch import Tensor
 
 from fastdiff.errors import PlanMismatch
 
+_DECIDES = {
+    "latent_shape": "its height and width, and num_frames of a video",
+    "conditioning": "its model, and its max_sequence_length where the pipeline takes one",
+}
+"""By field of a plan, what decides the shapes there."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
@@ -70,12 +76,16 @@ class Request:
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected a 64-bit integer, got {self.seed!r}")
 
-    def check_tensors(self, **shapes: tuple[int, ...]) -> None:
-        """Raise unless the request's own tensors, by field, have these shapes, and finite values."""
+    def check_tensors(self, room: str, **shapes: tuple[int, ...]) -> None:
+        """Raise unless the request's own tensors, by field, have the shapes that the plan's `room` holds, and finite
+        values."""
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
-                raise PlanMismatch(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+                raise PlanMismatch(
+                    f"{name}: expected shape {shape}, got {tuple(tensor.shape)}; the plan's {room} holds no other: "
+                    f"bring it into that shape, or build the runtime for {_DECIDES[room.partition('.')[0]]}"
+                )
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 

@@ -50,13 +50,17 @@ class Runtime:
     of `unroll` rows, all captured here; "auto" measures a row and chooses, and `choice` says why: a row is compiled for
     it too where graphs do not pay, unless `compile` is "none".
 
+    `height`, `width`, `num_frames` and `max_sequence_length`, the tokens that texts are padded to, are those of the
+    pipeline's own call, and fixed here; None is its default. Shorter texts make a cheaper row.
+
     The capacities come from `plan`, or from the pipeline and `max_batch`; `capacities` are fields of `CapturePlan` that
     replace the plan's. Unless `certify` is False the model is asked here whether it treats the requests of a batch
     apart, bit by bit; one that does not raises RowsCoupled. `progress` shows a bar while graphs are captured.
 
     Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to one thread.
     Streams: all device work is enqueued on the caller's current stream, and nothing waits for it but the copy of
-    finished images to the host. Aliasing: tensors that come back are copies, tensors that go in are copied.
+    finished images to the host and the look for NaN in given tensors. Aliasing: tensors that come back are copies,
+    tensors that go in are copied.
     """
 
     def __init__(
@@ -69,11 +73,12 @@ class Runtime:
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
+        max_sequence_length: int | None = None,
         certify: bool = True,
         progress: bool = True,
         **capacities: Any,
     ) -> None:
-        self.family: Family = family_of(pipe, height, width, num_frames)
+        self.family: Family = family_of(pipe, height, width, num_frames, max_sequence_length)
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
@@ -179,6 +184,8 @@ class Runtime:
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """One result per request, in order. A request that cannot be served raises before any model work."""
+        if not requests:
+            raise ValueError("requests: expected at least one request, got none")
         for index, request in enumerate(requests):
             try:
                 self._check(request)
@@ -203,11 +210,18 @@ class Runtime:
         dtype of the pipeline's latents.
         """
         count = len(latents)
+        if not count:
+            raise ValueError("latents: expected at least one latent, got none")
         tables = [table] * count if isinstance(table, StepTable) else list(table)
         scales = [float(guidance)] * count if isinstance(guidance, (int, float)) else list(guidance)
         for name, values in (("table", tables), ("guidance", scales), ("generators", generators)):
             if values is not None and len(values) != count:
                 raise ValueError(f"{name}: expected one for each of {count} latents, got {len(values)}")
+        for name, tensor in {"latents": latents, **conditioning}.items():
+            if len(tensor) != count:
+                raise ValueError(f"conditioning {name}: expected one for each of {count} latents, got {len(tensor)}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
         states = [
             RequestState(
                 request=None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fastdiff.request import Request
 from fastdiff.table import StepTable
 
 FORMAT_VERSION = "1"
+Noise = Callable[[Callable[[tuple[int, ...]], Tensor]], Tensor]  # a first latent, from draws of any shape
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,17 +62,21 @@ class RequestState:
             latents=None if self.latents is None else self.latents.clone(),
         )
 
-    def restart(self, sample: Tensor | None = None) -> RequestState:
+    def restart(self, sample: Tensor | None = None, *, noise: Noise | None = None) -> RequestState:
         """This request at row 0 again with cleared memory and the same table: the next chunk of a causal pipeline.
 
-        `sample` [C, H, W] is standard normal; None draws it from the request's generator, which moves on, in the shape
-        that the latents have here, packed or not.
+        `sample` [C, H, W] is standard normal; None draws it from the request's generator, which moves on. `noise` is
+        the family's own (`runtime.family.noise`): packed latents, which diffusers draws as images, need it.
         """
         table, latents = self.prepared
         if sample is None:
-            if self.generator is None:
+            generator = self.generator
+            if generator is None:
                 raise ValueError("a state without a generator cannot draw its next sample: pass one to restart()")
-            sample = normal(self.generator, latents.shape[1:], self.dtype, latents.device)
+            if noise is None and latents.ndim == 3:
+                raise ValueError("packed latents are drawn as images: pass restart() noise=runtime.family.noise")
+            draw = partial(normal, generator, dtype=self.dtype, device=latents.device)
+            sample = draw(latents.shape[1:]) if noise is None else noise(draw)
         return replace(self, latents=table.init(sample * table.init_noise_sigma), row=0, image=None)
 
     def save(self, path: str | Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+from torch import Tensor
 
-from fastdiff.denoiser import guide, rescale
+from fastdiff.denoiser import guide, guide_pairs, paired, rescale
 
 
 def test_guidance_is_diffusers_formula_per_sample() -> None:
@@ -38,3 +41,24 @@ def test_rescale_is_diffusers_formula_per_sample() -> None:
 def test_without_rescale_a_constant_output_stays_as_it_is() -> None:
     constant = torch.ones(1, 2, 3, 4)
     assert torch.equal(rescale(constant, torch.randn(1, 2, 3, 4), torch.zeros(1)), constant)
+
+
+def test_guidance_as_two_calls_is_one_call_at_twice_the_batch() -> None:
+    """The protocol allows both: two calls hold the activations of n samples at a time, one launches half as much."""
+
+    def model(sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return torch.sin(sample * text[:, :, None, None]) + timestep.view(-1, 1, 1, 1) / 1000
+
+    def one_call(sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor) -> Tensor:
+        sample, timestep, pairs = paired(sample, timestep, conditioning)
+        assert len(sample) == len(timestep) == len(pairs["text"]) == 6
+        return guide_pairs(model(sample, timestep, pairs["text"]), guidance)
+
+    def two_calls(sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor) -> Tensor:
+        unconditional, conditional = (model(sample, timestep, text) for text in conditioning["text"].unbind(1))
+        return guide(unconditional, conditional, guidance)
+
+    sample, text, timestep = torch.randn(3, 4, 5, 6), torch.randn(3, 2, 4), torch.tensor([900.0, 500.0, 3.0])
+    inputs = (sample, timestep, {"text": text}, torch.tensor([3.0, 1.0, 0.5]))
+    torch.testing.assert_close(two_calls(*inputs), one_call(*inputs))
+    assert not torch.allclose(two_calls(*inputs), two_calls(sample, timestep, {"text": text.flip(1)}, inputs[3]))

@@ -27,6 +27,7 @@ SHIPPED = [
     "sd15-512",
     "sd35-medium-1024",
     "sdxl-1024",
+    "wan21-1.3b-480p",
     "wan22-a14b-480p",
 ]
 

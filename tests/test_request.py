@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff import Request, Result
+from fastdiff import PlanMismatch, Request, Result
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,22 @@ def test_steps_are_another_default_only_where_the_request_says_nothing() -> None
     assert Request(prompt="x").with_steps(28).schedule == {"num_inference_steps": 28}
     assert Request(prompt="x", steps=3).with_steps(28).schedule == {"num_inference_steps": 3}
     assert Request(prompt="x", sigmas=[1.0]).with_steps(28).schedule == {"sigmas": [1.0]}
+
+
+def test_a_tensor_of_another_shape_names_what_the_plan_has_room_for() -> None:
+    request = Request(prompt_embeds=torch.zeros(3, 2), latents=torch.zeros(4, 8, 8))
+    request.check_tensors("latent_shape", latents=(4, 8, 8))
+    with pytest.raises(
+        PlanMismatch,
+        match=r"^latents: expected shape \(4, 8, 4\), got \(4, 8, 8\); the plan's latent_shape holds no other: bring "
+        r"it into that shape, or build the runtime for its height and width",
+    ):
+        request.check_tensors("latent_shape", latents=(4, 8, 4))
+    with pytest.raises(
+        PlanMismatch,
+        match=r"got \(3, 2\); the plan's conditioning.prompt_embeds holds no other: .* max_sequence_length",
+    ):
+        request.check_tensors("conditioning.prompt_embeds", prompt_embeds=(4, 2))
 
 
 def test_a_result_without_an_image_raises_its_own_error() -> None:

@@ -88,8 +88,9 @@ def test_embeddings_and_latents_may_be_given(pipe: Any, runtime: Runtime) -> Non
     assert torch.equal(expected.latents, got.latents)
 
 
-def test_generate_leaves_requests_in_order_and_empty_is_empty(runtime: Runtime) -> None:
-    assert runtime.generate([]) == []
+def test_generate_leaves_requests_in_order_and_refuses_none_at_all(runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match="requests: expected at least one request, got none"):
+        runtime.generate([])
     results = runtime.generate(MIXED[:6])
     assert [result.request for result in results] == MIXED[:6]
     assert [result.rows for result in results] == [4, 7, 5, 6, 5, 13]
@@ -262,6 +263,28 @@ def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
         runtime.denoise(latents, {}, table)
     with pytest.raises(PlanMismatch, match="latents: expected shape"):
         runtime.denoise(latents[:, :2], conditioning, table)
+    with pytest.raises(ValueError, match="latents: expected at least one latent, got none"):
+        runtime.denoise(latents[:0], {name: tensor[:0] for name, tensor in conditioning.items()}, table)
+    with pytest.raises(ValueError, match="conditioning prompt_embeds: expected one for each of 1 latents, got 2"):
+        runtime.denoise(latents, {name: tensor.repeat(2, 1, 1, 1) for name, tensor in conditioning.items()}, table)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoilt", ["latents", "prompt_embeds"])
+def test_denoise_refuses_what_is_not_finite_before_any_model_work(
+    pipe: Any, runtime: Runtime, spoilt: str, value: float
+) -> None:
+    state, calls = runtime.prepare(MIXED[0]), []
+    given = {"latents": state.prepared[1][:1], "prompt_embeds": state.conditioning["prompt_embeds"][None]}
+    given[spoilt] = given[spoilt].clone()
+    given[spoilt].view(-1)[-1] = value
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ValueError, match=f"^{spoilt}: expected finite values, got NaN or infinity"):
+            runtime.denoise(given["latents"], {"prompt_embeds": given["prompt_embeds"]}, state.prepared[0])
+    finally:
+        hook.remove()
+    assert not calls
 
 
 # Sessions

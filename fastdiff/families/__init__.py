@@ -139,18 +139,25 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 }
 
 
-def family_of(pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None) -> Family:
+def family_of(
+    pipe: Any,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    max_sequence_length: int | None = None,
+) -> Family:
     """The family that serves `pipe`, for images of `height` x `width` pixels (the model's own size if None), or videos
-    of `num_frames` of them (as many as the pipeline's own call makes if None)."""
+    of `num_frames` of them, from texts of `max_sequence_length` tokens (the pipeline's own call's if None)."""
     family = FAMILIES.get(type(pipe).__name__)
     if family is None:
         raise PlanMismatch(
-            f"expected one of {', '.join(FAMILIES)}, got {type(pipe).__name__}; any other pipeline still takes "
-            "pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler), and fastdiff/families/README.md shows how to "
-            "add a family"
+            f"expected one of {', '.join(FAMILIES)}, got {type(pipe).__name__}; any diffusers pipeline still "
+            "takes fastdiff.accelerate(pipe), or pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler) alone, and "
+            "fastdiff/families/README.md shows how to add a family"
         )
-    if num_frames is None:
-        return family(pipe, height, width)
-    if "num_frames" not in inspect.signature(family).parameters:
-        raise PlanMismatch(f"num_frames: expected none, {type(pipe).__name__} makes images; leave it out")
-    return family(pipe, height, width, num_frames=num_frames)
+    lengths = {"num_frames": num_frames, "max_sequence_length": max_sequence_length}
+    asked = {name: length for name, length in lengths.items() if length is not None}
+    for name, length in asked.items():
+        if name not in inspect.signature(family).parameters:
+            raise PlanMismatch(f"{name}: expected none, {type(pipe).__name__} takes none, got {length}; leave it out")
+    return family(pipe, height, width, **asked)

@@ -24,10 +24,11 @@ NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds"
 class PipelineFamily:
     """A diffusers pipeline as stages see it; the pipeline's components are read, never changed.
 
-    A family sets `latent_shape` and `conditioning`, and adds `denoiser`, `check`, `encode` and `decode`. The rest is
+    A family sets `latent_shape`, `conditioning` and `denoiser`, and adds `check`, `encode` and `decode`. The rest is
     what most pipelines do, and is replaced where one does something else.
     """
 
+    denoiser: Denoiser
     latent_shape: tuple[int, ...]
     conditioning: Mapping[str, TensorSpec]
     scale_name = "guidance_scale"  # of the argument of the pipeline's call that is a request's guidance_scale
@@ -60,12 +61,6 @@ class PipelineFamily:
         """The request's scale, 1 where it is not guided."""
         return self.scale(request) if self.guided(request) else 1.0
 
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The model and its guidance, as `fastdiff.denoiser.Denoiser` says."""
-        raise NotImplementedError
-
     @property
     def denoisers(self) -> tuple[Denoiser, ...]:
         """One, for all rows."""
@@ -92,14 +87,14 @@ class PipelineFamily:
         """One draw, of the latent's shape."""
         return draw(self.latent_shape)
 
-    def both(self, unconditional: Tensor | None, conditional: Tensor) -> Tensor:
-        """[2, ...] of two [1, ...], in the pipeline's dtype; twice the conditional one where there is no other."""
-        first = conditional if unconditional is None else unconditional
+    def both(self, request: Request, unconditional: Any, conditional: Tensor) -> Tensor:
+        """[2, ...] of two [1, ...], in the pipeline's dtype; twice the second one where nothing guides."""
+        first: Tensor = unconditional if self.guided(request) else conditional
         return torch.cat([first, conditional]).to(self.device, self.dtype)
 
-    def pixels(self, decoded: Tensor) -> Tensor:
+    def pixels(self, decoded: Tensor, denormalize: list[bool] | None = None) -> Tensor:
         """[C, H, W] float32 in [0, 1] on the CPU of what the autoencoder made, through the pipeline's own processor."""
-        processed: Tensor = self.pipe.image_processor.postprocess(decoded, output_type="pt")
+        processed: Tensor = self.pipe.image_processor.postprocess(decoded, output_type="pt", do_denormalize=denormalize)
         return processed[0].float().cpu()
 
     def check_takes_no(self, request: Request, *names: str) -> None:
@@ -140,14 +135,10 @@ class PackedFamily(PipelineFamily):
         return latents
 
 
-def check_pooled(request: Request, text_shape: tuple[int, ...], pooled_shape: tuple[int, ...]) -> None:
-    """Raise unless embeddings have these shapes, and each comes with its pooled one."""
-    request.check_tensors(
-        prompt_embeds=text_shape,
-        negative_prompt_embeds=text_shape,
-        pooled_prompt_embeds=pooled_shape,
-        negative_pooled_prompt_embeds=pooled_shape,
-    )
+def check_pooled(request: Request, text_shape: tuple[int, ...], pooled_shape: tuple[int, ...], pooled: str) -> None:
+    """Raise unless embeddings have these shapes, the second the plan's `pooled`, and each comes with its pooled one."""
+    request.check_tensors("conditioning.prompt_embeds", prompt_embeds=text_shape, negative_prompt_embeds=text_shape)
+    request.check_tensors(pooled, pooled_prompt_embeds=pooled_shape, negative_pooled_prompt_embeds=pooled_shape)
     check_beside(request, *EMBEDDINGS)
     check_beside(request, *NEGATIVE_EMBEDDINGS)
 
@@ -165,14 +156,48 @@ def check_beside(request: Request, name: str, *others: str) -> None:
 
 
 def image_size(height: int | None, width: int | None, default: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The size in pixels, `default` where None; PlanMismatch unless `multiple` divides it."""
-    height, width = height or default[0], width or default[1]
-    if height % multiple or width % multiple:
-        nearest = f"{max(1, height // multiple) * multiple} x {max(1, width // multiple) * multiple}"
+    """The size in pixels, `default` where None; PlanMismatch unless both are positive multiples of `multiple`."""
+    size = (default[0] if height is None else height, default[1] if width is None else width)
+    if any(not isinstance(side, int) or side < 1 or side % multiple for side in size):
+        nearest = " x ".join(str(max(1, int(side) // multiple) * multiple) for side in size)
         raise PlanMismatch(
-            f"expected a height and width divisible by {multiple}, got {height} x {width}; {nearest} would do"
+            f"expected a positive height and width divisible by {multiple}, got {size[0]} x {size[1]}; "
+            f"{nearest} would do"
         )
-    return height, width
+    return size
+
+
+def text_length(pipe: Any, asked: int | None, longest: int | None = None) -> int:
+    """Tokens of a text, as many as the pipeline's own call takes where None; PlanMismatch unless 1 to `longest`."""
+    if asked is None:
+        return int(inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default)
+    if not isinstance(asked, int) or asked < 1 or (longest is not None and asked > longest):
+        span = "1 or more" if longest is None else f"1 to {longest}"
+        raise PlanMismatch(
+            f"max_sequence_length: expected {span}, what {type(pipe).__name__} takes, got {asked}; leave it out for "
+            "the pipeline's own"
+        )
+    return asked
+
+
+def check_unet(unet: Any) -> None:
+    """PlanMismatch for a UNet that takes what no request has: its scale as an input, as an LCM's does, or an image."""
+    if unet.config.encoder_hid_dim_type is not None:
+        raise PlanMismatch(
+            f"expected a UNet that takes text alone, got encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}, as "
+            "an IP-Adapter sets it; fastdiff.accelerate(pipe) works with it"
+        )
+    if unet.config.time_cond_proj_dim is not None:
+        raise PlanMismatch(
+            "expected a UNet that is guided from outside, got one that takes guidance as an input "
+            "(time_cond_proj_dim); fastdiff.accelerate(pipe) works with it"
+        )
+
+
+def statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of an autoencoder's latents by channel, to broadcast with `latents` [1, C, ...]."""
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents.new_tensor(config.latents_mean).view(shape), latents.new_tensor(config.latents_std).view(shape)
 
 
 def batched(tensor: Tensor | None) -> Tensor | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.denoiser import guide_pairs
+from fastdiff.denoiser import guide_pairs, paired
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.base import PipelineFamily
 from fastdiff.plan import TensorSpec
@@ -26,17 +27,14 @@ class DiT(PipelineFamily):
         super().__init__(pipe, pipe.transformer)
         config, scale = pipe.transformer.config, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         side = config.sample_size * scale
-        if (height or side, width or side) != (side, side):
-            raise PlanMismatch(f"expected a height and width of {side}, DiT's own, got {height} x {width}")
+        if {height, width} - {None, side}:
+            raise PlanMismatch(
+                f"expected a height and width of {side}, DiT's own, got {height} x {width}; leave them out"
+            )
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.classes: int = config.num_embeds_ada_norm  # and the number of the null class
         self.conditioning = {"class_labels": TensorSpec((2,), torch.int64)}
-
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The guided output [n, C, H, W] float32."""
-        return guided(self.pipe.transformer, sample, timestep, conditioning, guidance)
+        self.denoiser = partial(guided, pipe.transformer)
 
     def check(self, request: Request) -> None:
         """Raise unless the request asks for a class of this pipeline, and its latents have its shape."""
@@ -45,7 +43,7 @@ class DiT(PipelineFamily):
                 raise ValueError(f"expected a class_label alone, got {name}: {type(self.pipe).__name__} takes no text")
         self.check_takes_no(request, "guidance_rescale")
         self._number(request.class_label)
-        request.check_tensors(latents=self.latent_shape)
+        request.check_tensors("latent_shape", latents=self.latent_shape)
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """{"class_labels": [2]}: the null class, the request's. Without guidance both are the request's."""
@@ -78,11 +76,7 @@ def guided(
     guidance: Tensor,
 ) -> Tensor:
     """The guided output [n, C, H, W] float32 of one call at batch 2n: each slot the null class, then its own."""
-    output = transformer(
-        sample.repeat_interleave(2, dim=0),
-        timestep=timestep.repeat_interleave(2),
-        class_labels=conditioning["class_labels"].flatten(),
-        return_dict=False,
-    )[0]
+    sample, timestep, pairs = paired(sample, timestep, conditioning)
+    output = transformer(sample, timestep=timestep, class_labels=pairs["class_labels"], return_dict=False)[0]
     output = output[:, : sample.shape[1]]  # the channels behind it are a learned variance, which no sampler reads
     return guide_pairs(output, guidance)

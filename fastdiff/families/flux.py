@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import PlanMismatch
-from fastdiff.families.base import PackedFamily, batched, check_beside, config_of, even_sigmas, flow_shift
+from fastdiff.families.base import PackedFamily, batched, check_beside, config_of, even_sigmas, flow_shift, text_length
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
-TEXT_LENGTH = 512  # T5 tokens, padded: the model attends to the padding
+LONGEST = 512  # T5 tokens that the pipeline takes
 STEPS = 28
 
 
@@ -22,19 +22,23 @@ class Flux(PackedFamily):
 
     `guidance_scale` is the distilled model's input, any number, and nothing to a model that has none (schnell).
     Classifier-free guidance, which would make two calls of every row for all requests alike, is refused.
+    Texts are padded to `max_sequence_length` T5 tokens: the model attends to the padding.
     """
 
-    def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
+    def __init__(
+        self, pipe: Any, height: int | None = None, width: int | None = None, max_sequence_length: int | None = None
+    ) -> None:
         super().__init__(pipe, height, width)
         config = pipe.transformer.config
         self.takes_guidance: bool = config.guidance_embeds
-        self.text_shape, self.pooled_shape = (TEXT_LENGTH, config.joint_attention_dim), (config.pooled_projection_dim,)
+        self.text_shape = (text_length(pipe, max_sequence_length, LONGEST), config.joint_attention_dim)
+        self.pooled_shape = (config.pooled_projection_dim,)
         self.conditioning = {
             "prompt_embeds": TensorSpec(self.text_shape, self.dtype),
             "pooled_prompt_embeds": TensorSpec(self.pooled_shape, self.dtype),
         }
         self.img_ids = image_ids(*self.tokens, self.dtype, self.device)
-        self.txt_ids = torch.zeros(TEXT_LENGTH, 3, dtype=self.dtype, device=self.device)
+        self.txt_ids = torch.zeros(self.text_shape[0], 3, dtype=self.dtype, device=self.device)
 
     def denoiser(
         self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
@@ -49,11 +53,15 @@ class Flux(PackedFamily):
         self.check_takes_no(request, "guidance_rescale")
         for name in ("negative_prompt", "negative_prompt_embeds"):
             if getattr(request, name) is not None:
-                raise PlanMismatch(f"{name}: expected none, one call a row is all that the plan holds; leave it out")
+                raise PlanMismatch(
+                    f"{name}: expected none, one call a row is all that the plan's conditioning.prompt_embeds holds, "
+                    "got one; leave it out, or give it to the pipe itself, which takes it after "
+                    "fastdiff.accelerate(pipe) too"
+                )
         check_beside(request, "prompt_embeds", "pooled_prompt_embeds")
-        request.check_tensors(
-            prompt_embeds=self.text_shape, pooled_prompt_embeds=self.pooled_shape, latents=self.latent_shape
-        )
+        request.check_tensors("conditioning.prompt_embeds", prompt_embeds=self.text_shape)
+        request.check_tensors("conditioning.pooled_prompt_embeds", pooled_prompt_embeds=self.pooled_shape)
+        request.check_tensors("latent_shape", latents=self.latent_shape)
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """{"prompt_embeds": [L, D], "pooled_prompt_embeds": [P]}."""
@@ -63,7 +71,7 @@ class Flux(PackedFamily):
                 device=self.device,
                 prompt_embeds=batched(request.prompt_embeds),
                 pooled_prompt_embeds=batched(request.pooled_prompt_embeds),
-                max_sequence_length=TEXT_LENGTH,
+                max_sequence_length=self.text_shape[0],
             )
         embeddings = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
         return {name: tensor[0].to(self.device, self.dtype) for name, tensor in embeddings.items()}

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastdiff.denoiser import guide
+from fastdiff.denoiser import guide, paired, unpaired
 from fastdiff.errors import PlanMismatch
-from fastdiff.families.base import PackedFamily, batched, config_of, even_sigmas, flow_shift
+from fastdiff.families.base import (
+    PackedFamily,
+    batched,
+    config_of,
+    even_sigmas,
+    flow_shift,
+    statistics,
+    text_length,
+)
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
-TEXT_LENGTH = 512  # tokens at most, as many as the pipeline takes by default; what a text lacks is masked
+LONGEST = 1024  # tokens that the pipeline takes
 Rotations = tuple[Tensor, Tensor]  # complex, of image tokens and of text tokens
 
 
@@ -23,40 +32,38 @@ class QwenImage(PackedFamily):
     """A `diffusers.QwenImagePipeline` as stages see it.
 
     `guidance_scale` is the pipeline's `true_cfg_scale`, and as there it guides nothing without a negative prompt, for
-    which " " will do.
+    which " " will do. Texts are padded to `max_sequence_length` tokens, and what they lack is masked.
     """
 
     scale_name = "true_cfg_scale"
 
-    def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
+    def __init__(
+        self, pipe: Any, height: int | None = None, width: int | None = None, max_sequence_length: int | None = None
+    ) -> None:
         super().__init__(pipe, height, width)
         config = pipe.transformer.config
         for name in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
             if config.get(name):
                 raise PlanMismatch(f"expected a transformer of Qwen-Image's first kind, got one with {name}")
         self.text_width: int = config.joint_attention_dim
+        self.text_length = text_length(pipe, max_sequence_length, LONGEST)
         self.conditioning = {
-            "prompt_embeds": TensorSpec((2, TEXT_LENGTH, self.text_width), self.dtype),
-            "prompt_embeds_mask": TensorSpec((2, TEXT_LENGTH), torch.bool),
+            "prompt_embeds": TensorSpec((2, self.text_length, self.text_width), self.dtype),
+            "prompt_embeds_mask": TensorSpec((2, self.text_length), torch.bool),
         }
-        self.rotations = rotations(pipe.transformer, *self.tokens, TEXT_LENGTH, self.device)
-
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The guided output [n, tokens, C] float32."""
-        return guided(self.pipe.transformer, self.rotations, sample, timestep, conditioning, guidance)
+        rotary = rotations(pipe.transformer, *self.tokens, self.text_length, self.device)
+        self.denoiser = partial(guided, pipe.transformer, rotary)
 
     def check(self, request: Request) -> None:
         """Raise unless the request is one of text, and its own tensors have this pipeline's shapes."""
         self.check_takes_text(request)
         self.check_takes_no(request, "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "guidance_rescale")
-        request.check_tensors(latents=self.latent_shape)
+        request.check_tensors("latent_shape", latents=self.latent_shape)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = getattr(request, name)
             if embeds is not None:
-                length = min(max(len(embeds), 1), TEXT_LENGTH)
-                request.check_tensors(**{name: (length, self.text_width)})
+                length = min(max(len(embeds), 1), self.text_length)
+                request.check_tensors("conditioning.prompt_embeds", **{name: (length, self.text_width)})
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """Unconditional, conditional, padded; without guidance both are the prompt's: `conditioning` has the shapes."""
@@ -71,11 +78,11 @@ class QwenImage(PackedFamily):
     def _text(self, prompt: str | None, prompt_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings [L, D] and mask [L] of one text: alone it has no padding of its own."""
         embeds, _ = self.pipe.encode_prompt(
-            prompt, self.device, prompt_embeds=batched(prompt_embeds), max_sequence_length=TEXT_LENGTH
+            prompt, self.device, prompt_embeds=batched(prompt_embeds), max_sequence_length=self.text_length
         )
         length = embeds.shape[1]
-        padded = pad(embeds[0].to(self.device, self.dtype), (0, 0, 0, TEXT_LENGTH - length))
-        return padded, torch.arange(TEXT_LENGTH, device=self.device) < length
+        padded = pad(embeds[0].to(self.device, self.dtype), (0, 0, 0, self.text_length - length))
+        return padded, torch.arange(self.text_length, device=self.device) < length
 
     def guided(self, request: Request) -> bool:
         """Whether guidance has any effect: a scale > 1, and a negative prompt to guide away from."""
@@ -88,11 +95,10 @@ class QwenImage(PackedFamily):
 
     def decode(self, sample: Tensor) -> Tensor:
         """The image [C, H, W] float32 in [0, 1] on the CPU."""
-        vae, config = self.pipe.vae, self.pipe.vae.config
         latents = self.unpacked(sample)  # [1, C, 1, H, W]
-        mean, std = (latents.new_tensor(of).view(1, -1, 1, 1, 1) for of in (config.latents_mean, config.latents_std))
+        mean, std = statistics(self.pipe.vae.config, latents)
         with self.decoding:
-            decoded = vae.decode(latents * std + mean, return_dict=False)[0]
+            decoded = self.pipe.vae.decode(latents * std + mean, return_dict=False)[0]
         return self.pixels(decoded[:, :, 0])
 
 
@@ -133,15 +139,9 @@ def guided(
 
     Guidance keeps each token's direction and takes its norm from the conditional output.
     """
-    output = forward(
-        transformer,
-        rotary,
-        sample.repeat_interleave(2, dim=0),
-        timestep.to(sample.dtype).repeat_interleave(2) / 1000,
-        conditioning["prompt_embeds"].flatten(0, 1),
-        conditioning["prompt_embeds_mask"].flatten(0, 1),
-    )
-    unconditional, conditional = output.float().unflatten(0, (-1, 2)).unbind(1)
+    sample, timestep, pairs = paired(sample, timestep.to(sample.dtype), conditioning)
+    text, mask = pairs["prompt_embeds"], pairs["prompt_embeds_mask"]
+    unconditional, conditional = unpaired(forward(transformer, rotary, sample, timestep / 1000, text, mask).float())
     combined = guide(unconditional, conditional, guidance)
     norms = [torch.linalg.vector_norm(tensor, dim=-1, keepdim=True) for tensor in (conditional, combined)]
     return torch.where(guidance[:, None, None] == 1, conditional, combined * (norms[0] / norms[1]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastdiff.denoiser import guide_pairs
-from fastdiff.families.base import PipelineFamily, batched, check_beside, image_size
+from fastdiff.denoiser import guide_pairs, paired
+from fastdiff.families.base import PipelineFamily, batched, check_beside, check_unet, image_size
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
@@ -18,6 +19,7 @@ class StableDiffusion(PipelineFamily):
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
         super().__init__(pipe, pipe.unet)
+        check_unet(pipe.unet)
         config, scale = pipe.unet.config, pipe.vae_scale_factor
         side = config.sample_size
         rows, columns = (side, side) if isinstance(side, int) else side
@@ -25,19 +27,20 @@ class StableDiffusion(PipelineFamily):
         self.latent_shape = (config.in_channels, height // scale, width // scale)
         self.text_shape = (pipe.tokenizer.model_max_length, config.cross_attention_dim)  # (L, D)
         self.conditioning = {"prompt_embeds": TensorSpec((2, *self.text_shape), self.dtype)}
-
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The guided output [n, C, H, W] float32."""
-        return guided(self.pipe.unet, sample, timestep, conditioning, guidance)
+        self.denoiser = partial(guided, pipe.unet)
 
     def check(self, request: Request) -> None:
         """Raise unless the request is one of text, and its own tensors have this pipeline's shapes."""
         self.check_takes_text(request)
-        self.check_takes_no(request, "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "guidance_rescale")
+        self.check_takes_no(request, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        if request.guidance_rescale is not None:  # every row of every request would pay for its reductions
+            raise ValueError(
+                f"guidance_rescale: expected none in a runtime's step, got {request.guidance_rescale}; leave it out, "
+                "or give it to the pipe itself, which takes it after fastdiff.accelerate(pipe) too"
+            )
+        request.check_tensors("latent_shape", latents=self.latent_shape)
         request.check_tensors(
-            prompt_embeds=self.text_shape, negative_prompt_embeds=self.text_shape, latents=self.latent_shape
+            "conditioning.prompt_embeds", prompt_embeds=self.text_shape, negative_prompt_embeds=self.text_shape
         )
         if self.guided(request):
             check_beside(request, "prompt_embeds", "negative_prompt_embeds")
@@ -54,12 +57,15 @@ class StableDiffusion(PipelineFamily):
                 prompt_embeds=batched(request.prompt_embeds),
                 negative_prompt_embeds=batched(request.negative_prompt_embeds),
             )
-        return {"prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional)}
+        return {"prompt_embeds": self.both(request, unconditional, conditional)}
 
     def decode(self, sample: Tensor) -> Tensor:
-        """The image [C, H, W] float32 in [0, 1] on the CPU."""
-        latents = sample[None].to(self.device, self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
-        return self.pixels(self.pipe.vae.decode(latents, return_dict=False)[0])
+        """The image [C, H, W] float32 in [0, 1] on the CPU, black where the pipeline's safety checker has it so."""
+        vae = self.pipe.vae
+        latents = sample[None].to(self.device, vae.dtype) / vae.config.scaling_factor
+        image = vae.decode(latents, return_dict=False)[0]
+        image, flagged = self.pipe.run_safety_checker(image, self.device, self.dtype)
+        return self.pixels(image, None if flagged is None else [not flag for flag in flagged])
 
 
 def guided(
@@ -70,10 +76,6 @@ def guided(
     guidance: Tensor,
 ) -> Tensor:
     """The guided output [n, C, H, W] float32 of one UNet call at batch 2n: each slot unconditional, conditional."""
-    output = unet(
-        sample.repeat_interleave(2, dim=0),
-        timestep.repeat_interleave(2),
-        encoder_hidden_states=conditioning["prompt_embeds"].flatten(0, 1),  # [2n, L, D]
-        return_dict=False,
-    )[0]
+    sample, timestep, pairs = paired(sample, timestep, conditioning)
+    output = unet(sample, timestep, encoder_hidden_states=pairs["prompt_embeds"], return_dict=False)[0]
     return guide_pairs(output, guidance)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastdiff.denoiser import guide_pairs
+from fastdiff.denoiser import guide_pairs, paired
 from fastdiff.families.base import (
     NEGATIVE_EMBEDDINGS,
     PipelineFamily,
@@ -17,43 +18,45 @@ from fastdiff.families.base import (
     flow_shift,
     image_size,
     pooled_embeddings,
+    text_length,
 )
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
-T5_LENGTH = 256  # tokens, padded, behind those of CLIP: the model attends to the padding
+LONGEST = 512  # T5 tokens that the pipeline takes
 STEPS = 28
 
 
 class StableDiffusion3(PipelineFamily):
-    """A `diffusers.StableDiffusion3Pipeline` as stages see it."""
+    """A `diffusers.StableDiffusion3Pipeline` as stages see it.
 
-    def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
+    `max_sequence_length` T5 tokens, padded, are behind those of CLIP: the model attends to the padding.
+    """
+
+    def __init__(
+        self, pipe: Any, height: int | None = None, width: int | None = None, max_sequence_length: int | None = None
+    ) -> None:
         super().__init__(pipe, pipe.transformer)
         config, scale = pipe.transformer.config, pipe.vae_scale_factor
         side = pipe.default_sample_size * scale
         height, width = image_size(height, width, (side, side), scale * config.patch_size)
         self.latent_shape = (config.in_channels, height // scale, width // scale)
         self.tokens = (height // scale // config.patch_size) * (width // scale // config.patch_size)
-        self.text_shape = (pipe.tokenizer_max_length + T5_LENGTH, config.joint_attention_dim)
+        self.t5_length = text_length(pipe, max_sequence_length, LONGEST)
+        self.text_shape = (pipe.tokenizer_max_length + self.t5_length, config.joint_attention_dim)
         self.pooled_shape = (config.pooled_projection_dim,)
         self.conditioning = {
             "prompt_embeds": TensorSpec((2, *self.text_shape), self.dtype),
             "pooled_prompt_embeds": TensorSpec((2, *self.pooled_shape), self.dtype),
         }
-
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The guided output [n, C, H, W] float32."""
-        return guided(self.pipe.transformer, sample, timestep, conditioning, guidance)
+        self.denoiser = partial(guided, pipe.transformer)
 
     def check(self, request: Request) -> None:
         """Raise unless the request is one of text, and its own tensors have this pipeline's shapes."""
         self.check_takes_text(request)
         self.check_takes_no(request, "guidance_rescale")
-        request.check_tensors(latents=self.latent_shape)
-        check_pooled(request, self.text_shape, self.pooled_shape)
+        request.check_tensors("latent_shape", latents=self.latent_shape)
+        check_pooled(request, self.text_shape, self.pooled_shape, "conditioning.pooled_prompt_embeds")
         if self.guided(request):
             check_beside(request, "prompt_embeds", *NEGATIVE_EMBEDDINGS)
 
@@ -67,12 +70,12 @@ class StableDiffusion3(PipelineFamily):
                 device=self.device,
                 do_classifier_free_guidance=self.guided(request),
                 negative_prompt=request.negative_prompt,
-                max_sequence_length=T5_LENGTH,
+                max_sequence_length=self.t5_length,
                 **pooled_embeddings(request),
             )
         return {
-            "prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional),
-            "pooled_prompt_embeds": self.both(negative_pooled if self.guided(request) else None, pooled),
+            "prompt_embeds": self.both(request, unconditional, conditional),
+            "pooled_prompt_embeds": self.both(request, negative_pooled, pooled),
         }
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
@@ -97,11 +100,12 @@ def guided(
     guidance: Tensor,
 ) -> Tensor:
     """The guided output [n, C, H, W] float32 of one call at batch 2n: each slot unconditional, conditional."""
+    sample, timestep, pairs = paired(sample, timestep, conditioning)
     output = transformer(
-        hidden_states=sample.repeat_interleave(2, dim=0),
-        timestep=timestep.repeat_interleave(2),
-        encoder_hidden_states=conditioning["prompt_embeds"].flatten(0, 1),
-        pooled_projections=conditioning["pooled_prompt_embeds"].flatten(0, 1),
+        hidden_states=sample,
+        timestep=timestep,
+        encoder_hidden_states=pairs["prompt_embeds"],
+        pooled_projections=pairs["pooled_prompt_embeds"],
         return_dict=False,
     )[0]
     return guide_pairs(output, guidance)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.denoiser import guide, rescale
+from fastdiff.denoiser import guide, paired, rescale, unpaired
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.base import (
     NEGATIVE_EMBEDDINGS,
     PipelineFamily,
     check_beside,
+    check_unet,
     check_pooled,
     image_size,
     pooled_embeddings,
+    statistics,
 )
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
@@ -31,8 +34,7 @@ class StableDiffusionXL(PipelineFamily):
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
         super().__init__(pipe, pipe.unet)
         config, scale = pipe.unet.config, pipe.vae_scale_factor
-        if config.time_cond_proj_dim is not None:
-            raise PlanMismatch("expected a UNet that is guided from outside, got one that takes guidance as an input")
+        check_unet(pipe.unet)
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             raise PlanMismatch(
                 "expected an autoencoder that may decode in float16, got one that overflows there; "
@@ -49,18 +51,13 @@ class StableDiffusionXL(PipelineFamily):
             "time_ids": TensorSpec((2, 6), self.dtype),
             "guidance_rescale": TensorSpec((), torch.float32),
         }
-
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The guided output [n, C, H, W] float32."""
-        return guided(self.pipe.unet, sample, timestep, conditioning, guidance)
+        self.denoiser = partial(guided, pipe.unet)
 
     def check(self, request: Request) -> None:
         """Raise unless the request is one of text, and its own tensors have this pipeline's shapes."""
         self.check_takes_text(request)
-        request.check_tensors(latents=self.latent_shape)
-        check_pooled(request, self.text_shape, self.pooled_shape)
+        request.check_tensors("latent_shape", latents=self.latent_shape)
+        check_pooled(request, self.text_shape, self.pooled_shape, "conditioning.text_embeds")
         zeros = self.pipe.config.force_zeros_for_empty_prompt and request.negative_prompt is None
         if self.guided(request) and not zeros:
             check_beside(request, "prompt_embeds", *NEGATIVE_EMBEDDINGS)
@@ -78,9 +75,9 @@ class StableDiffusionXL(PipelineFamily):
         time_ids = torch.tensor([[*self.size, 0, 0, *self.size]])  # original size, crop, target size
         rescaled = float(request.guidance_rescale or 0) if self.guided(request) else 0.0
         return {
-            "prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional),
-            "text_embeds": self.both(negative_pooled if self.guided(request) else None, pooled),
-            "time_ids": self.both(None, time_ids),
+            "prompt_embeds": self.both(request, unconditional, conditional),
+            "text_embeds": self.both(request, negative_pooled, pooled),
+            "time_ids": self.both(request, time_ids, time_ids),
             "guidance_rescale": torch.tensor(rescaled, device=self.device),
         }
 
@@ -89,9 +86,7 @@ class StableDiffusionXL(PipelineFamily):
         config = self.pipe.vae.config
         latents = sample[None].to(self.device, self.pipe.vae.dtype)
         if config.latents_mean is not None and config.latents_std is not None:
-            mean, std = (
-                latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
-            )
+            mean, std = statistics(config, latents)
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor
@@ -109,12 +104,9 @@ def guided(
     guidance: Tensor,
 ) -> Tensor:
     """The guided output [n, C, H, W] float32 of one UNet call at batch 2n: each slot unconditional, conditional."""
-    output = unet(
-        sample.repeat_interleave(2, dim=0),
-        timestep.repeat_interleave(2),
-        encoder_hidden_states=conditioning["prompt_embeds"].flatten(0, 1),  # [2n, L, D]
-        added_cond_kwargs={name: conditioning[name].flatten(0, 1) for name in ("text_embeds", "time_ids")},
-        return_dict=False,
-    )[0]
-    unconditional, conditional = output.unflatten(0, (-1, 2)).unbind(1)
+    inputs = {name: conditioning[name] for name in ("prompt_embeds", "text_embeds", "time_ids")}
+    sample, timestep, pairs = paired(sample, timestep, inputs)
+    text = pairs.pop("prompt_embeds")
+    output = unet(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=pairs, return_dict=False)[0]
+    unconditional, conditional = unpaired(output)
     return rescale(guide(unconditional, conditional, guidance), conditional, conditioning["guidance_rescale"])

@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.denoiser import Denoiser, guide_pairs
+from fastdiff.denoiser import Denoiser, guide_pairs, paired
 from fastdiff.errors import PlanMismatch
-from fastdiff.families.base import PipelineFamily, batched, config_of, image_size
+from fastdiff.families.base import PipelineFamily, batched, config_of, image_size, statistics, text_length
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 from fastdiff.table import StepTable
-
-TEXT_LENGTH = 512  # UMT5 tokens, zeros behind those of the text: the model attends to them
 
 
 class Wan(PipelineFamily):
@@ -25,10 +24,16 @@ class Wan(PipelineFamily):
 
     A video has `num_frames` frames, as many as the pipeline's own call makes (81) if None. `guidance_scale_2` is the
     second expert's scale; `guidance_scale` alone says whether there is guidance at all, as in the pipeline.
+    Texts have zeros behind them up to `max_sequence_length` UMT5 tokens: the model attends to them.
     """
 
     def __init__(
-        self, pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None
+        self,
+        pipe: Any,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        max_sequence_length: int | None = None,
     ) -> None:
         if pipe.config.expand_timesteps:
             raise PlanMismatch(
@@ -53,8 +58,10 @@ class Wan(PipelineFamily):
         frames = latent_frames(num_frames, pipe.vae_scale_factor_temporal)
         self.latent_shape = (config.in_channels, frames, height // spatial, width // spatial)
         self.latent_dtype = torch.float32  # as the pipeline keeps them, whatever the experts' dtype
-        self.text_shape = (TEXT_LENGTH, config.text_dim)
+        self.text_shape = (text_length(pipe, max_sequence_length), config.text_dim)
         self.conditioning = {"prompt_embeds": TensorSpec((2, *self.text_shape), self.dtype)}
+        self.by_expert = tuple(partial(guided, expert) for expert in self.experts)
+        self.denoiser = self.by_expert[0]
 
     @property
     def models(self) -> tuple[torch.nn.Module, ...]:
@@ -64,19 +71,7 @@ class Wan(PipelineFamily):
     @property
     def denoisers(self) -> tuple[Denoiser, ...]:
         """One per expert."""
-        return (self.denoiser, self.denoiser_2)[: len(self.experts)]
-
-    def denoiser(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The first expert's guided output [n, C, F, H, W] float32."""
-        return guided(self.experts[0], sample, timestep, conditioning, guidance)
-
-    def denoiser_2(
-        self, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """The second expert's."""
-        return guided(self.experts[1], sample, timestep, conditioning, guidance)
+        return self.by_expert
 
     def boundary(self, table: StepTable) -> int:
         """How many rows the first expert makes: compared, as in the pipeline, in the dtype of the timesteps."""
@@ -95,8 +90,9 @@ class Wan(PipelineFamily):
         """Raise unless the request is one of text, and its own tensors have this pipeline's shapes."""
         self.check_takes_text(request)
         self.check_takes_no(request, "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "guidance_rescale")
+        request.check_tensors("latent_shape", latents=self.latent_shape)
         request.check_tensors(
-            prompt_embeds=self.text_shape, negative_prompt_embeds=self.text_shape, latents=self.latent_shape
+            "conditioning.prompt_embeds", prompt_embeds=self.text_shape, negative_prompt_embeds=self.text_shape
         )
 
     def encode(self, request: Request) -> dict[str, Tensor]:
@@ -108,10 +104,10 @@ class Wan(PipelineFamily):
                 do_classifier_free_guidance=self.guided(request),
                 prompt_embeds=batched(request.prompt_embeds),
                 negative_prompt_embeds=batched(request.negative_prompt_embeds),
-                max_sequence_length=TEXT_LENGTH,
+                max_sequence_length=self.text_shape[0],
                 device=self.device,
             )
-        return {"prompt_embeds": self.both(unconditional if self.guided(request) else None, conditional)}
+        return {"prompt_embeds": self.both(request, unconditional, conditional)}
 
     def guidance_2(self, request: Request) -> float | None:
         """The scale of the second expert's rows, None where it is the first's."""
@@ -129,9 +125,9 @@ class Wan(PipelineFamily):
 
     def decode(self, sample: Tensor) -> Tensor:
         """The video [F, C, H, W] float32 in [0, 1] on the CPU."""
-        vae, config = self.pipe.vae, self.pipe.vae.config
+        vae = self.pipe.vae
         latents = sample[None].to(self.device, vae.dtype)
-        mean, std = (latents.new_tensor(of).view(1, -1, 1, 1, 1) for of in (config.latents_mean, config.latents_std))
+        mean, std = statistics(vae.config, latents)
         with self.decoding:
             decoded = vae.decode(latents * std + mean, return_dict=False)[0]
         video: Tensor = self.pipe.video_processor.postprocess_video(decoded, output_type="pt")[0]
@@ -140,7 +136,7 @@ class Wan(PipelineFamily):
 
 def latent_frames(num_frames: int, scale: int) -> int:
     """Frames of the latent: one for the first, one more for every `scale`; PlanMismatch where that does not divide."""
-    if num_frames < 1 or (num_frames - 1) % scale:
+    if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % scale:
         nearest = max(0, round((num_frames - 1) / scale)) * scale + 1
         raise PlanMismatch(
             f"num_frames: expected 1 more than a multiple of {scale}, got {num_frames}; {nearest} would do"
@@ -156,10 +152,7 @@ def guided(
     guidance: Tensor,
 ) -> Tensor:
     """The guided output [n, C, F, H, W] float32 of one call at batch 2n: each slot unconditional, conditional."""
-    output = transformer(
-        hidden_states=sample.repeat_interleave(2, dim=0),
-        timestep=timestep.repeat_interleave(2),
-        encoder_hidden_states=conditioning["prompt_embeds"].flatten(0, 1),
-        return_dict=False,
-    )[0]
+    sample, timestep, pairs = paired(sample, timestep, conditioning)
+    text = pairs["prompt_embeds"]
+    output = transformer(hidden_states=sample, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
     return guide_pairs(output, guidance)

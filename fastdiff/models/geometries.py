@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.denoiser import Denoiser
-from fastdiff.families import dit, flux, qwen_image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from fastdiff.families import dit, flux, qwen_image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, wan
 from fastdiff.plan import CapturePlan, TensorSpec
 
 
@@ -267,6 +267,26 @@ _ARCHITECTURES = {
         },
         tiny_shapes={"latent": (16, 64), "prompt_embeds": (2, 8, 32), "prompt_embeds_mask": (2, 8)},
         denoiser=_qwen_image,
+    ),
+    "wan21-1.3b-480p": _Architecture(  # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json
+        model="WanTransformer3DModel",
+        config={
+            "num_layers": 30,
+            "attention_head_dim": 128,
+            "num_attention_heads": 12,
+            "ffn_dim": 8960,
+            "text_dim": 4096,
+        },
+        tiny={
+            "num_layers": 2,
+            "attention_head_dim": 12,
+            "num_attention_heads": 2,
+            "ffn_dim": 32,
+            "freq_dim": 16,
+            "text_dim": 32,
+        },
+        tiny_shapes={"latent": (16, 3, 4, 6), "prompt_embeds": (2, 8, 32)},
+        denoiser=_plain(wan.guided),
     ),
 }
 

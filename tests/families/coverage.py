@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import diffusers
+
+from fastdiff import Request, Runtime
+from fastdiff.acceleration import AccelerateMode
 from fastdiff.capture import GRAPH_MODES
 from fastdiff.families import FAMILIES
-from fastdiff.models import digits
-from fastdiff.stages import scheduler_of
-from tests import test_capture, test_geometries, test_runtime
-from tests.families.tiny_pipelines import NOT_LINEAR, NOT_TAKEN, PIPELINES
+from tests import test_acceleration, test_runtime
+from tests.families import test_tier1, test_tier2
+from tests.families.tiny_pipelines import NOT_LINEAR, NOT_SERVED, NOT_TAKEN, OF_NO_FAMILY, PIPELINES, TIER_2
 
 HEADING = "## Pipelines"
 Test = Callable[..., Any]
@@ -24,40 +28,42 @@ Test = Callable[..., Any]
 SHIPPED = "StableDiffusionPipeline"
 """The class of the shipped pipeline, on which the runtime and its modes are tested as a whole."""
 
-GEOMETRY = {
-    "StableDiffusionXLPipeline": "tiny-sdxl-1024", "DiTPipeline": "tiny-dit-xl-256",
-    "FluxPipeline": "tiny-flux-dev-1024", "StableDiffusion3Pipeline": "tiny-sd35-medium-1024",
-    "QwenImagePipeline": "tiny-qwen-image-1024",
+BY_ANOTHER_NAME = {
+    "num_inference_steps": "steps", "generator": "seed", "class_labels": "class_label", "eta": "scheduler_options",
+    "mu": "scheduler_options", "prompt_embeds_mask": "prompt_embeds", "negative_prompt_embeds_mask": "prompt_embeds",
 }  # fmt: skip
-"""Of the others, the bare denoiser that stands for each in the tests of modes."""
+"""Arguments of pipelines' calls that a request has a field for."""
+OF_THE_CALL = ("self", "kwargs", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt")
+"""Those that say nothing about an image: how many, and how they come back."""
+
+SAMPLERS = sorted({one.scheduler.removesuffix("Discrete") for one in test_runtime.MIXED if one.scheduler})
 
 TEXT = f"""{HEADING}
 
 Written by `make coverage` from the tables that the tests are parametrised with; a test compares it with them. "Images"
 in eager mode are whole images or videos in float32, within 1e-4 of those of the pipeline's untouched `__call__`; the
-pipelines are tiny, their weights random, but for the trained one that fastdiff ships: Stable Diffusion's of tier 2.
+pipelines are tiny, their weights random. In the other modes "images" are compared with those of eager mode. CUDA is
+where a test needs a device; where there is none it is skipped.
 
 Tier 1 is the pipeline's own loop with `pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler)`, where no step falls
-back, or after `fastdiff.accelerate(pipe)`, whose mode `compiled` is compared with the drop-in's images, on the own
-sampler, as dynamo traces the forward; its mode `graph` is tested on the shipped pipeline, where there is CUDA.
+back, or after `fastdiff.accelerate(pipe)`, of which compiled images are those of dynamo's trace, on the own sampler.
 
-Tier 2 is `fastdiff.Runtime(pipe)`. In its other modes, "images" are compared with those of eager mode, "one graph" is
-the model with its guidance traced by dynamo without a break, and "one call" the same, captured and replayed on other
-inputs. CUDA is where a test needs a device; where there is none it is skipped.
+Tier 2 is `fastdiff.Runtime(pipe)`: an image alone, and three in one batch of unequal samplers, steps, guidance and
+texts; in bfloat16, by twice diffusers' own error at most. "One graph" is the model with its guidance traced by dynamo
+without a break, with the eager outputs bit by bit. The pipeline that fastdiff ships, of Stable Diffusion's class and
+trained, has its images compared with its own `__call__` on {", ".join(SAMPLERS)}
+too, and those that inductor compiled with the eager ones.
 """
 
 
 def section() -> str:
     """The text, one row per pipeline and tier, and what is not supported with its reason."""
-    lines = [
-        *TEXT.splitlines(), "",
-        "| pipeline | tier | samplers | eager | compiled | step-graph | loop-graph |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, tiny in PIPELINES.items():
-        lines.append(f"| {name} | 1 | {', '.join(tiny.samplers)} | CPU: images | CPU: images | none | none |")
-    for name in FAMILIES:
-        cells = (tested(name, mode) for mode in ("compiled", *GRAPH_MODES))
-        lines.append(f"| {name} | 2 | {', '.join(samplers(name))} | CPU: images | {' | '.join(cells)} |")
+    modes = ["eager", "compiled", "graph", *GRAPH_MODES]
+    lines = [*TEXT.splitlines(), "", f"| pipeline | tier | samplers | {' | '.join(modes)} |", "|---" * 8 + "|"]
+    for tier, names, tested in ((1, PIPELINES, accelerated), (2, TIER_2, served)):
+        for name in names:
+            cells = " | ".join(tested(name, mode) for mode in modes)
+            lines.append(f"| {name} | {tier} | {', '.join(PIPELINES[name].samplers)} | {cells} |")
     return "\n".join([*lines, "", "Not supported:", "", *map("- {}".format, unsupported())]) + "\n"
 
 
@@ -70,43 +76,61 @@ def unsupported() -> Iterator[str]:
             f"{refusal.pipeline} with {refusal.sampler}, in tier 1: the untouched pipeline raises "
             f"{refusal.error.__name__}, and so does the drop-in in it: {refusal.message}"
         )
-    without = [name for name in PIPELINES if pipeline_of(name) not in FAMILIES]
+    yield f"{' and '.join(GRAPH_MODES)} in tier 1: the loop is the pipeline's own, which no graph holds"
+    for unserved in NOT_SERVED:
+        yield f"{unserved.pipeline} with {unserved.what}, in tier 2: `{unserved.error.__name__}`, {unserved.message}"
+    without = [*(name for name in PIPELINES if name not in TIER_2), *OF_NO_FAMILY]
     yield (
         f"{', '.join(without)}, in tier 2: they have no family in `fastdiff/families`, and `Runtime` raises "
         "PlanMismatch; `fastdiff/families/README.md` shows how to add one, PixArt-Sigma's"
     )
-    yield f"{' and '.join(GRAPH_MODES)} in tier 1: the loop is the pipeline's own, which no graph holds"
+    for name in FAMILIES:
+        if arguments := without_a_field(name):
+            yield f"{name}, in tier 2: neither `Request` nor `Runtime` takes {', '.join(arguments)}"
     yield f"{' and '.join(GRAPH_MODES)} without a CUDA device: `CannotCapture`"
 
 
-def pipeline_of(name: str) -> str:
-    """The class of an entry of PIPELINES."""
-    return name.partition(" ")[0]
+def without_a_field(name: str) -> list[str]:
+    """Arguments of the pipeline's call that neither a request nor a runtime takes."""
+    taken = {field.name for field in fields(Request)} | inspect.signature(Runtime).parameters.keys()
+    taken |= {*BY_ANOTHER_NAME, *OF_THE_CALL}
+    if name == "QwenImagePipeline":
+        taken |= {"true_cfg_scale"}  # which is a request's guidance_scale
+    return [
+        argument
+        for argument in inspect.signature(getattr(diffusers, name).__call__).parameters
+        if argument not in taken
+    ]
 
 
-def samplers(name: str) -> list[str]:
-    """Those that the tests of the pipeline's family compare its images over."""
-    if name == SHIPPED:
-        own = digits().scheduler
-        found = [type(scheduler_of(own, request.scheduler)).__name__ for request in test_runtime.MIXED]
-        return [name.removesuffix("Scheduler").removesuffix("Discrete") for name in dict.fromkeys(found)]
-    family = FAMILIES[name].__module__.rpartition(".")[2]
-    return list(import_module(f"tests.families.test_{family}").SAMPLERS)
+def accelerated(name: str, mode: str) -> str:
+    """Which test covers the mode for the pipeline in tier 1, and where it runs."""
+    if mode not in get_args(AccelerateMode):
+        return "none"
+    if mode == "graph":
+        return images(test_acceleration.test_a_graph_makes_the_drop_ins_image) if name == SHIPPED else "no test"
+    test = test_tier1.test_accelerated_the_images_are_the_drop_ins
+    return images(test) if name in values(test, "name") and mode in values(test, "mode") else "no test"
 
 
-def tested(name: str, mode: str) -> str:
-    """Which test covers the mode for the family, and where it runs."""
-    if name == SHIPPED:
-        test = test_runtime.test_compiled_images_are_the_eager_ones
-        if mode in GRAPH_MODES:
-            test = test_capture.test_a_graphed_runtime_makes_the_images_of_an_eager_one
-            assert mode in values(test, "mode")
-        return f"{where(test)}: images"
-    test, what = {
-        "compiled": (test_geometries.test_dynamo_sees_one_graph, "one graph"),
-        "step-graph": (test_geometries.test_on_a_gpu_a_captured_call_follows_its_inputs, "one call"),
-    }.get(mode, (None, ""))
-    return f"{where(test)}: {what}" if test and GEOMETRY.get(name) in values(test, "name") else "no test"
+def served(name: str, mode: str) -> str:
+    """The same for tier 2."""
+    if mode == "graph":
+        return "none"
+    graphed = test_tier2.test_graphs_make_the_images_of_eager_steps
+    tests: dict[str, Test] = {
+        "eager": test_tier2.test_an_image_is_that_of_the_pipeline,
+        "compiled": test_tier2.test_dynamo_sees_one_graph,
+        **dict.fromkeys(GRAPH_MODES, graphed),
+    }
+    test = tests[mode]
+    if mode == "compiled":
+        return f"{where(test)}: one graph" if name in values(test, "name") else "no test"
+    return images(test) if name in values(test, "name") else "no test"
+
+
+def images(test: Test) -> str:
+    return f"{where(test)}: images"
 
 
 def where(test: Test) -> str:
@@ -116,8 +140,14 @@ def where(test: Test) -> str:
 
 def values(test: Test, argument: str) -> list[Any]:
     """What a test is parametrised with."""
-    found = [mark.args for mark in marks(test) if mark.name == "parametrize"]
-    return [value for name, listed, *_ in found if name == argument for value in listed]
+    found = []
+    for mark in marks(test):
+        if mark.name == "parametrize":
+            names, listed = mark.args
+            names = [names] if isinstance(names, str) else list(names)
+            if argument in names:
+                found += [row[names.index(argument)] if len(names) > 1 else row for row in listed]
+    return found
 
 
 def marks(test: Test) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff import Request
 from fastdiff.families import FAMILIES, family_of
-from tests.families.tiny_pipelines import PIPELINES
+from tests.families.tiny_pipelines import shared, sizes_of
 
 TEXT = ("prompt_embeds", "negative_prompt_embeds")
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -30,7 +30,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
 
 @cache
 def family(name: str) -> Any:
-    return family_of(PIPELINES[name](), *(None if name == "DiTPipeline" else 32,) * 2)
+    return family_of(shared(name), **sizes_of(name))
 
 
 def test_every_family_is_here() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastdiff.families import FAMILIES
 from tests.families import coverage
-from tests.families.tiny_pipelines import PIPELINES
+from tests.families.tiny_pipelines import PIPELINES, TIER_2, class_of
 
 PAGE = Path(__file__).parents[2] / "reports" / "coverage.md"
 
@@ -18,12 +19,11 @@ def test_the_page_is_up_to_date() -> None:
     assert page[page.index(coverage.HEADING) :] == coverage.section(), "run `make coverage`"
 
 
-def test_every_pipeline_and_family_has_its_row() -> None:
+def test_every_pipeline_has_its_rows_and_every_family_an_entry() -> None:
     rows = [line.split(" | ")[:2] for line in coverage.section().splitlines()]
-    for name in PIPELINES:
-        assert [f"| {name}", "1"] in rows
-    for name in FAMILIES:
-        assert [f"| {name}", "2"] in rows
+    for tier, names in (("1", PIPELINES), ("2", TIER_2)):
+        assert all([f"| {name}", tier] in rows for name in names)
+    assert {class_of(name) for name in TIER_2} == FAMILIES.keys()
 
 
 def test_writing_replaces_the_section_and_nothing_else(tmp_path: Path) -> None:
@@ -35,15 +35,24 @@ def test_writing_replaces_the_section_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "cell"),
+    ("tested", "name", "mode", "cell"),
     [
-        ("StableDiffusionPipeline", "compiled", "CPU: images"),
-        ("StableDiffusionPipeline", "loop-graph", "CUDA: images"),
-        ("FluxPipeline", "compiled", "CPU: one graph"),
-        ("StableDiffusionXLPipeline", "compiled", "no test"),
-        ("FluxPipeline", "step-graph", "CUDA: one call"),
-        ("FluxPipeline", "loop-graph", "no test"),
+        (coverage.accelerated, "SanaPipeline", "compiled", "CPU: images"),
+        (coverage.accelerated, "StableDiffusionPipeline", "graph", "CUDA: images"),
+        (coverage.accelerated, "FluxPipeline", "graph", "no test"),
+        (coverage.accelerated, "FluxPipeline", "step-graph", "none"),
+        (coverage.served, "WanPipeline", "eager", "CPU: images"),
+        (coverage.served, "WanPipeline with two experts", "loop-graph", "CUDA: images"),
+        (coverage.served, "StableDiffusionXLPipeline", "compiled", "CPU: one graph"),
+        (coverage.served, "SanaPipeline", "step-graph", "no test"),
     ],
 )
-def test_a_mode_is_tested_only_where_a_test_is(name: str, mode: str, cell: str) -> None:
-    assert coverage.tested(name, mode) == cell
+def test_a_mode_is_tested_only_where_a_test_is(tested: Any, name: str, mode: str, cell: str) -> None:
+    assert tested(name, mode) == cell
+
+
+def test_what_a_request_has_no_field_for_is_found_in_the_signature() -> None:
+    assert "true_cfg_scale" in coverage.without_a_field("FluxPipeline")
+    assert "true_cfg_scale" not in coverage.without_a_field("QwenImagePipeline")
+    assert "skip_guidance_layers" in coverage.without_a_field("StableDiffusion3Pipeline")
+    assert "ip_adapter_image" in coverage.without_a_field("StableDiffusionPipeline")

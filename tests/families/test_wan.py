@@ -1,9 +1,11 @@
-"""Wan: encoded, called and decoded as its own pipeline does, by one transformer or by two experts."""
+"""Wan: rows split between two experts by the timestep, requests at either of them in one step, videos of any length."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,34 +14,41 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import PlanMismatch, Request, stages
+from fastdiff import PlanMismatch, Request, Runtime, stages
 from fastdiff.audit import audit
 from fastdiff.families.wan import Wan
 from fastdiff.plan import CapturePlan, TensorSpec
 from fastdiff.slots import Slots
-from fastdiff.state import RequestState
-from tests.families.tiny import WIDTH, WORDS, relative_error
-from tests.families.tiny_wan import SAMPLERS, call_of, video_of_diffusers, wan
-from tests.purity import digest
+from tests.families.tiny import WORDS, image_of_diffusers, images_of, relative_error
+from tests.families.tiny_pipelines import PIPELINES, shared, sizes_of
 
 STEPS = 4
 BOUNDARY = 0.875  # with the samplers here both experts make at least one of four rows
-SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5}
+SAMPLERS = PIPELINES["WanPipeline"].samplers
+SIZES: dict[str, Any] = sizes_of("WanPipeline")
+HEUN = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
 
 
 @pytest.fixture(scope="module")
 def one() -> Any:
-    return wan()
+    return shared("WanPipeline")
 
 
 @pytest.fixture(scope="module")
 def two() -> Any:
-    return wan(experts=2, boundary_ratio=BOUNDARY)
+    return other(shared("WanPipeline with two experts"), boundary_ratio=BOUNDARY)
+
+
+@pytest.fixture(scope="module")
+def runtime(two: Any) -> Runtime:
+    return Runtime(two, max_batch=3, **SIZES)
 
 
 def other(pipe: Any, **config: Any) -> Any:
     """The same components with another config."""
-    return diffusers.WanPipeline(**{**pipe.components, "boundary_ratio": pipe.config.boundary_ratio, **config})
+    own = diffusers.WanPipeline(**{**pipe.components, "boundary_ratio": pipe.config.boundary_ratio, **config})
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def ask(i: int, **fields: Any) -> Request:
@@ -47,58 +56,19 @@ def ask(i: int, **fields: Any) -> Request:
     return Request(**{**asked, "guidance_scale": 5.0, **fields})
 
 
-def prepared(family: Wan, request: Request) -> RequestState:
-    state = RequestState(request=request)
-    for stage in (stages.encode, stages.schedule, stages.prepare_latents):
-        state = stage(family, state)
-    return state
+def mixed() -> list[Request]:
+    """Of 3, 9 and 5 rows; the first expert makes 1, 3 and 2 of them."""
+    return [
+        ask(0, scheduler=SAMPLERS["FlowMatchEuler"], steps=3, guidance_scale_2=2.0),
+        ask(1, scheduler=SAMPLERS["UniPC"], steps=9),
+        ask(2, scheduler=SAMPLERS["FlowMatchEuler"], steps=5, guidance_scale=1.0, guidance_scale_2=4.0),
+    ]
 
 
-def video_of(family: Wan, request: Request) -> Tensor:
-    video = stages.decode(family, stages.denoise(family, prepared(family, request))).image
-    assert video is not None
-    return video
+# Which expert makes a row, and at which scale
 
 
-def error_of(pipe: Any, request: Request, **size: Any) -> float:
-    size = size or SIZE
-    return relative_error(video_of(Wan(pipe, **size), request), video_of_diffusers(pipe, request, **size))
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("experts", ["one", "two"])
-def test_a_video_is_that_of_the_pipeline(
-    request: pytest.FixtureRequest, experts: str, sampler: str, guidance_scale: float
-) -> None:
-    pipe = request.getfixturevalue(experts)
-    assert error_of(pipe, ask(0, scheduler=SAMPLERS[sampler], guidance_scale=guidance_scale)) <= 1e-4
-
-
-@pytest.mark.parametrize("guidance_scale_2", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_second_expert_has_a_scale_of_its_own(two: Any, sampler: str, guidance_scale_2: float) -> None:
-    request = ask(0, scheduler=SAMPLERS[sampler], guidance_scale_2=guidance_scale_2)
-    expected = video_of_diffusers(two, request, **SIZE)
-    family = Wan(two, **SIZE)
-    assert relative_error(video_of(family, request), expected) <= 1e-4
-    assert relative_error(video_of(family, replace(request, guidance_scale_2=None)), expected) > 1e-3
-
-
-def test_the_first_scale_alone_says_whether_there_is_guidance(two: Any) -> None:
-    request, family = ask(0, guidance_scale=1.0, guidance_scale_2=5.0), Wan(two, **SIZE)
-    assert relative_error(video_of(family, request), video_of_diffusers(two, request, **SIZE)) <= 1e-4
-    assert torch.equal(video_of(family, request), video_of(family, ask(0, guidance_scale=1.0)))
-
-
-def test_scale_and_steps_are_the_pipelines_own_unless_asked_for(two: Any) -> None:
-    request, family = ask(0, guidance_scale=None, negative_prompt=None, steps=None), Wan(two, **SIZE)
-    expected = two(request.prompt, generator=torch.Generator().manual_seed(0), output_type="pt", **SIZE).frames[0]
-    assert len(stages.table_of(family, request)) == 50
-    assert relative_error(video_of(family, request), expected) <= 1e-4
-
-
-@pytest.mark.parametrize("scheduler", [*SAMPLERS.values(), diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)])
+@pytest.mark.parametrize("scheduler", [*SAMPLERS.values(), HEUN])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, BOUNDARY, 1.0, 1.1])
 def test_each_expert_makes_the_rows_that_it_makes_in_the_pipeline(two: Any, scheduler: Any, ratio: float) -> None:
     pipe, request = other(two, boundary_ratio=ratio), ask(0, scheduler=scheduler, guidance_scale=1.0)
@@ -107,14 +77,14 @@ def test_each_expert_makes_the_rows_that_it_makes_in_the_pipeline(two: Any, sche
         expert.register_forward_pre_hook(lambda *_, i=i: rows.__setitem__(i, rows[i] + 1))
         for i, expert in enumerate((pipe.transformer, pipe.transformer_2))
     ]
-    pipe.set_progress_bar_config(disable=True)
     try:
-        video_of_diffusers(pipe, request, **SIZE)
+        image_of_diffusers(pipe, request, **SIZES)
     finally:
         for hook in hooks:
             hook.remove()
-    table = stages.table_of(Wan(pipe, **SIZE), request)
-    boundary = Wan(pipe, **SIZE).boundary(table)
+    family = Wan(pipe, **SIZES)
+    table = stages.table_of(family, request)
+    boundary = family.boundary(table)
     assert [boundary, len(table) - boundary] == rows
 
 
@@ -132,69 +102,113 @@ def test_a_boundary_is_compared_in_the_dtype_of_the_timesteps(two: Any) -> None:
 def test_one_expert_makes_all_rows(one: Any, two: Any) -> None:
     table = fastdiff.tabulate(SAMPLERS["UniPC"], STEPS)
     for pipe in (one, other(two, boundary_ratio=None)):  # without a boundary the second one has no part in it
-        family = Wan(pipe, **SIZE)
+        family = Wan(pipe, **SIZES)
         assert family.boundary(table) == len(table)
         assert (family.denoisers, family.models) == ((family.denoiser,), (pipe.transformer,))
-    family = Wan(two, **SIZE)
+    family = Wan(two, **SIZES)
     assert (len(family.denoisers), family.models) == (2, (two.transformer, two.transformer_2))
     assert family.denoisers[0] == family.denoiser
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"guidance_scale_2": 0.5}, {"guidance_scale_2": 1.0}, {"guidance_scale": 3.0, "guidance_scale_2": 5.0}],
+)
+def test_each_expert_has_its_scale(two: Any, runtime: Runtime, change: dict[str, Any]) -> None:
+    same, own = images_of(runtime, [ask(0), ask(0, **change)])
+    assert relative_error(own, image_of_diffusers(two, ask(0, **change), **SIZES)) <= 1e-4
+    assert relative_error(own, same) > 1e-3
+
+
+def test_the_first_scale_alone_says_whether_there_is_guidance(two: Any, runtime: Runtime) -> None:
+    request = ask(0, guidance_scale=1.0, guidance_scale_2=5.0)
+    (video,) = images_of(runtime, [request])
+    assert relative_error(video, image_of_diffusers(two, request, **SIZES)) <= 1e-4
+    assert torch.equal(video, images_of(runtime, [ask(0, guidance_scale=1.0)])[0])
 
 
 def test_a_schedule_that_comes_back_to_the_first_expert_is_refused(two: Any) -> None:
     table = fastdiff.tabulate(SAMPLERS["FlowMatchEuler"], STEPS)
     with pytest.raises(PlanMismatch, match=r"cross the experts' boundary once, falling, got \[.*, 1000\.0\]"):
-        Wan(two, **SIZE).boundary(replace(table, timesteps=table.timesteps.flip(0)))
+        Wan(two, **SIZES).boundary(replace(table, timesteps=table.timesteps.flip(0)))
 
 
-def test_a_scheduler_of_another_range_is_refused_where_there_is_a_boundary(one: Any, two: Any) -> None:
+def test_a_scheduler_of_another_range_is_refused_where_there_is_a_boundary(one: Any, runtime: Runtime) -> None:
     request = ask(0, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
     with pytest.raises(PlanMismatch, match=r"expected num_train_timesteps 1000, .*, got 500"):
-        stages.table_of(Wan(two, **SIZE), request)
-    assert error_of(one, request) <= 1e-4
+        runtime.generate([request])
+    (video,) = images_of(Runtime(one, max_batch=1, **SIZES), [request])
+    assert relative_error(video, image_of_diffusers(one, request, **SIZES)) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "change", [{"prompt": "a nine"}, {"negative_prompt": "a four"}, {"guidance_scale": 2.0}, {"seed": 9}]
-)
-def test_what_a_request_asks_for_shows_in_its_video(two: Any, change: dict[str, Any]) -> None:
-    family = Wan(two, **SIZE)
-    assert relative_error(video_of(family, ask(0, **change)), video_of(family, ask(0))) > 1e-3
+# Requests at both experts in one step
 
 
-@pytest.mark.parametrize("size", [(16, 48, 9), (48, 32, 1)])
-def test_a_video_has_any_shape_and_length(two: Any, size: tuple[int, int, int]) -> None:
-    height, width, num_frames = size
-    own = {"height": height, "width": width, "num_frames": num_frames}
-    assert video_of(Wan(two, **own), ask(1)).shape == (num_frames, 3, height, width)
-    assert error_of(two, ask(1), **own) <= 1e-4
+def test_in_one_step_one_slot_is_at_the_first_expert_and_another_at_the_second(runtime: Runtime) -> None:
+    tables = [stages.table_of(runtime.family, request) for request in mixed()]
+    crossings = [(runtime.family.boundary(table), len(table)) for table in tables]
+    assert all(0 < boundary < rows for boundary, rows in crossings)
+    late = [set(range(boundary, rows)) for boundary, rows in crossings]
+    assert late[0] & set(range(crossings[1][0]))
 
 
-def test_without_a_size_it_is_that_of_the_pipelines_own_call(two: Any) -> None:
+def test_more_requests_than_slots_take_the_places_of_those_that_are_done(two: Any, runtime: Runtime) -> None:
+    requests = [*mixed(), ask(0, steps=2, guidance_scale_2=1.0), ask(1, scheduler=SAMPLERS["UniPC"], seed=9)]
+    for video, request in zip(images_of(runtime, requests), requests, strict=True):
+        assert relative_error(video, image_of_diffusers(two, request, **SIZES)) <= 1e-4
+
+
+def test_what_the_neighbours_are_changes_no_bit(runtime: Runtime) -> None:
+    *_, asked = mixed()
+    others = [ask(0, prompt="a nine", steps=2, guidance_scale_2=7.0), ask(1, steps=6, guidance_scale=1.0)]
+    first, second = (images_of(runtime, [*neighbours, asked])[2] for neighbours in (mixed()[:2], others))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_a_request_is_saved_on_either_side_of_the_boundary_and_resumes(
+    runtime: Runtime, tmp_path: Path, rows: int
+) -> None:
+    request, path = replace(mixed()[1], guidance_scale_2=2.0), tmp_path / "request.safetensors"
+    with runtime.session() as session:
+        slot = session.add(runtime.prepare(request))
+        for _ in range(rows):
+            session.step()
+        session.save(slot, path)
+        resumed = session.load(path)
+        while len(session.step()) < 2:
+            pass
+        torch.testing.assert_close(session.take(resumed).sample, session.take(slot).sample)
+
+
+def test_both_experts_are_safe_to_capture_and_treat_every_slot_apart(runtime: Runtime) -> None:
+    plan = replace(runtime.plan, batch_sizes=(2,), rows=5, segments=1)
+    for denoiser, model in zip(runtime.family.denoisers, runtime.family.models, strict=True):
+        assert audit(denoiser, Slots(plan, "cpu").batch(2), model) == []
+
+
+def test_a_plan_of_one_segment_does_not_fit_two_experts(two: Any, runtime: Runtime) -> None:
+    with pytest.raises(PlanMismatch, match="segments: the pipeline has 2, the plan 1"):
+        Runtime(two, plan=replace(runtime.plan, segments=1), **SIZES)
+
+
+# Videos
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_a_video_has_any_length(two: Any, num_frames: int) -> None:
+    sizes = {**SIZES, "num_frames": num_frames}
+    (video,) = images_of(Runtime(two, max_batch=1, **sizes), [ask(1)])
+    assert video.shape == (num_frames, 3, 32, 32)
+    assert relative_error(video, image_of_diffusers(two, ask(1), **sizes)) <= 1e-4
+
+
+def test_without_sizes_they_are_those_of_the_pipelines_own_call(two: Any) -> None:
     assert Wan(two).latent_shape == (4, 21, 60, 104)
-    assert CapturePlan.load("wan22-a14b-480p").latent_shape == (16, 21, 60, 104)
-
-
-def test_latents_given_are_the_first_noise(two: Any) -> None:
-    noise = torch.randn(1, 4, 2, 4, 4)
-    family, request = Wan(two, **SIZE), ask(0, latents=noise[0])
-    family.check(request)
-    latents = stages.denoise(family, prepared(family, request)).sample
-    expected = two(
-        request.prompt, num_inference_steps=STEPS, latents=noise, output_type="latent", **call_of(request), **SIZE
-    ).frames[0]  # fmt: skip
-    assert (latents.shape, latents.dtype) == (expected.shape, expected.dtype)
-    assert relative_error(latents, expected) <= 1e-4
-
-
-def test_embeddings_stand_for_their_prompt_and_nothing_of_the_pipeline_changes(two: Any) -> None:
-    family = Wan(two, **SIZE)
-    positive, negative = (two.encode_prompt(text, max_sequence_length=512)[0][0] for text in ("a one", "a two"))
-    as_text = video_of(family, ask(0, prompt="a one", negative_prompt="a two"))
-    before = digest(family)
-    as_tensors = ask(0, prompt=None, prompt_embeds=positive, negative_prompt=None, negative_prompt_embeds=negative)
-    family.check(as_tensors)
-    torch.testing.assert_close(video_of(family, as_tensors), as_text)
-    assert digest(family) == before
+    plan = CapturePlan.load("wan22-a14b-480p")
+    assert (plan.latent_shape, plan.dtype) == ((16, 21, 60, 104), torch.bfloat16)
+    assert (plan.batch_sizes, plan.segments) == ((1,), 2)
+    assert plan.conditioning == {"prompt_embeds": TensorSpec((2, 512, 4096), torch.bfloat16)}
 
 
 def test_two_threads_decode_apart(one: Any) -> None:
@@ -216,83 +230,36 @@ def test_two_threads_decode_apart(one: Any) -> None:
     assert all(torch.equal(found[index], video) for index, video in enumerate(expected))
 
 
-def test_both_experts_are_safe_to_capture_and_treat_every_slot_apart(two: Any) -> None:
-    family = Wan(two, **SIZE)
-    plan = CapturePlan(
-        latent_shape=family.latent_shape, dtype=family.dtype, conditioning=family.conditioning, batch_sizes=(2,), rows=5
-    )  # fmt: skip
-    for denoiser, model in zip(family.denoisers, family.models, strict=True):
-        assert audit(denoiser, Slots(plan, "cpu").batch(2), model) == []
+# What is refused
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "message"),
+    ("sizes", "message"),
     [
-        ({"guidance_rescale": 0.5}, ValueError, "expected no guidance_rescale: WanPipeline takes none"),
-        ({"prompt": None, "class_label": 3}, ValueError, "expected a prompt or prompt_embeds, got class_label"),
-        (
-            {"prompt": None, "prompt_embeds": torch.zeros(226, WIDTH)},
-            PlanMismatch,
-            r"prompt_embeds: expected shape \(512, 32\), got \(226, 32\)",
-        ),
-        (
-            {"negative_prompt": None, "negative_prompt_embeds": torch.full((512, WIDTH), torch.nan)},
-            ValueError,
-            "negative_prompt_embeds: expected finite values, got NaN",
-        ),
-        ({"latents": torch.zeros(4, 5, 4, 4)}, PlanMismatch, r"latents: expected shape \(4, 2, 4, 4\)"),
-    ],
-)
-def test_what_it_cannot_serve_is_refused(
-    two: Any, fields: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    family = Wan(two, **SIZE)
-    family.check(ask(0))
-    with pytest.raises(error, match=message):
-        family.check(ask(0, **fields))
-
-
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        ({"height": 40}, "divisible by 16, got 40 x 832; 32 x 832 would do"),
         ({"num_frames": 80}, "num_frames: expected 1 more than a multiple of 4, got 80; 81 would do"),
         ({"num_frames": 2}, "got 2; 1 would do"),
         ({"num_frames": -3}, "got -3; 1 would do"),
     ],
 )
-def test_a_size_that_does_not_divide_is_refused(one: Any, size: dict[str, Any], message: str) -> None:
+def test_a_length_that_does_not_divide_is_refused(one: Any, sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanMismatch, match=message):
-        Wan(one, **size)
+        Wan(one, **sizes)
 
 
-def test_pipelines_that_work_otherwise_are_refused_with_what_still_works(one: Any, two: Any) -> None:
-    with pytest.raises(PlanMismatch, match=r"expand_timesteps \(Wan 2.2 5B\).*table_scheduler\(pipe.scheduler\) works"):
-        Wan(other(one, expand_timesteps=True))
+def test_pipelines_that_work_otherwise_are_refused(one: Any, two: Any) -> None:
     with pytest.raises(
         PlanMismatch, match=r"expected a transformer_2 with boundary_ratio 0\.875, got none; load it too"
     ):
         Wan(other(one, boundary_ratio=BOUNDARY))
     with pytest.raises(PlanMismatch, match=r"expected a transformer with boundary_ratio 0\.875, got none; load it too"):
         Wan(other(two, transformer=None))
-    half = wan(experts=2, boundary_ratio=BOUNDARY)
-    half.transformer_2.to(torch.bfloat16)
-    with pytest.raises(
-        PlanMismatch, match=r"one dtype on one device, got torch\.bfloat16 on cpu and torch\.float32 on cpu"
-    ):
+    half = other(two, transformer_2=copy.deepcopy(two.transformer_2).to(torch.bfloat16))
+    with pytest.raises(PlanMismatch, match=r"one dtype on one device, got torch\.bfloat16 on cpu and torch\.float32"):
         Wan(half)
 
 
-def test_the_pipeline_that_is_refused_takes_a_table_scheduler(one: Any) -> None:
+def test_a_pipeline_with_a_timestep_for_each_token_takes_a_table_scheduler(one: Any) -> None:
     pipe = other(one, expand_timesteps=True)
-    pipe.set_progress_bar_config(disable=True)
-    expected = video_of_diffusers(pipe, ask(0), **SIZE)
-    handle = fastdiff.table_scheduler(pipe.scheduler)
-    found = video_of_diffusers(pipe, ask(0, scheduler=handle), **SIZE)
+    expected = image_of_diffusers(pipe, ask(0), **SIZES)
+    found = image_of_diffusers(pipe, ask(0, scheduler=fastdiff.table_scheduler(pipe.scheduler)), **SIZES)
     assert relative_error(found, expected) <= 1e-4
-
-
-def test_the_plan_that_ships_is_that_of_the_model_at_480p() -> None:
-    plan = CapturePlan.load("wan22-a14b-480p")
-    assert (plan.dtype, plan.batch_sizes, plan.segments) == (torch.bfloat16, (1,), 2)
-    assert plan.conditioning == {"prompt_embeds": TensorSpec((2, 512, 4096), torch.bfloat16)}

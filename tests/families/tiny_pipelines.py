@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import diffusers
@@ -20,15 +20,17 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
-from fastdiff import NotLinear
-from tests.families import tiny_wan
-from tests.families.tiny import WIDTH, clip, flow_unipc, qwen, ready, t5, tokenizer, vae
+from fastdiff import NotLinear, PlanMismatch
+from fastdiff.families import FAMILIES
+from tests.families.tiny import WIDTH, clip, fill, flow_unipc, qwen, ready, t5, tokenizer, vae
 
 LETTERS = 16  # tokens of a text, wherever a pipeline lets its length be chosen
 TEXT = {"prompt": "a handwritten one", "negative_prompt": "a two"}
-IMAGE = {"height": 32, "width": 32}
+IMAGE: dict[str, Any] = {"height": 32, "width": 32}
 VIDEO = {**IMAGE, "num_frames": 9}
 AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
 
@@ -48,7 +50,7 @@ class TinyPipeline:
         pipe = self.build(copy.deepcopy(next(iter(self.samplers.values()))))
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
-                tiny_wan.fill(part)
+                fill(part)
         return ready(pipe, self.spread)
 
 
@@ -168,10 +170,23 @@ def z_image(scheduler: Any) -> Any:
 
 
 def wan(scheduler: Any, experts: int = 1) -> Any:
-    transformers = [tiny_wan.transformer() for _ in range(experts)]
+    transformers = [
+        transformer_of(
+            "WanTransformer3DModel", attention_head_dim=12, in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16,
+            ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        )
+        for _ in range(experts)
+    ]  # fmt: skip
     two = {"transformer_2": transformers[1], "boundary_ratio": 0.9} if experts == 2 else {}
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer()), d_model=WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    )
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.5, 2.0, 1.0],
+    )  # fmt: skip
     return diffusers.WanPipeline(
-        tokenizer=tokenizer(), text_encoder=tiny_wan.umt5(), vae=tiny_wan.autoencoder(), scheduler=scheduler,
+        tokenizer=tokenizer(), text_encoder=encoder, vae=autoencoder, scheduler=scheduler,
         transformer=transformers[0], **two,
     )  # fmt: skip
 
@@ -363,6 +378,27 @@ PIPELINES: dict[str, TinyPipeline] = {
 """Every one of them takes the drop-in."""
 
 
+def class_of(name: str) -> str:
+    """The pipeline class of an entry of PIPELINES."""
+    return name.partition(" ")[0]
+
+
+TIER_2 = [name for name in PIPELINES if class_of(name) in FAMILIES]
+"""Those of which the class has a family."""
+
+
+@cache
+def shared(name: str) -> Any:
+    """One of PIPELINES, built once for all tests, which leave it as it is."""
+    return PIPELINES[name]()
+
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """What its call asks for of what a runtime fixes; the rest is the pipeline's own."""
+    call = PIPELINES[name].call
+    return {size: call[size] for size in ("height", "width", "num_frames", "max_sequence_length") if size in call}
+
+
 @dataclass(frozen=True, eq=False)
 class Refusal:
     """A sampler that a pipeline does not run with, and the error that says so."""
@@ -397,3 +433,80 @@ NOT_TAKEN = [
     ),
 ]  # fmt: skip
 """Samplers that have a table, and that the untouched pipeline itself does not run with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unserved:
+    """What a pipeline that has a family does and a runtime over it does not, and the error that says so."""
+
+    pipeline: str
+    what: str
+    error: type[Exception]
+    message: str
+    changed: Callable[[Any], Any] = lambda pipe: pipe  # the pipeline that does it
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the request that asks for it
+
+
+def with_components(pipe: Any, **components: Any) -> Any:
+    """The same pipeline with some components, or some of its config, of its own."""
+    return type(pipe)(**{**pipe.components, **components})
+
+
+def with_config(part: str, **config: Any) -> Callable[[Any], Any]:
+    """What makes a pipeline with another config of one of its parts."""
+    return lambda pipe: with_components(
+        pipe, **{part: type(pipe.components[part]).from_config(pipe.components[part].config, **config)}
+    )
+
+
+FROM_INSIDE = (
+    "expected a UNet that is guided from outside, got one that takes guidance as an input (time_cond_proj_dim)"
+)
+NOT_SERVED = [
+    Unserved(
+        "StableDiffusionPipeline", "an LCM UNet", PlanMismatch, FROM_INSIDE,
+        changed=with_config("unet", time_cond_proj_dim=8),
+    ),
+    Unserved(
+        "StableDiffusionXLPipeline", "an LCM UNet", PlanMismatch, FROM_INSIDE,
+        changed=with_config("unet", time_cond_proj_dim=8),
+    ),
+    Unserved(
+        "StableDiffusionXLPipeline", "a half-precision VAE that must be upcast", PlanMismatch,
+        "expected an autoencoder that may decode in float16, got one that overflows there; call "
+        "pipe.vae.to(torch.float32) first",
+        changed=lambda pipe: with_components(pipe, vae=vae().half()),
+    ),
+    Unserved(
+        "StableDiffusionPipeline", "guidance_rescale", ValueError,
+        "guidance_rescale: expected none in a runtime's step", fields={"guidance_rescale": 0.7},
+    ),
+    Unserved(
+        "FluxPipeline", "a negative prompt (true_cfg_scale)", PlanMismatch,
+        "negative_prompt: expected none, one call a row is all that the plan's conditioning.prompt_embeds holds",
+        fields={"negative_prompt": "a two"},
+    ),
+    *(
+        Unserved(
+            "QwenImagePipeline", f"a transformer with {name}, another kind's (Edit, Layered)", PlanMismatch,
+            f"expected a transformer of Qwen-Image's first kind, got one with {name}",
+            changed=with_config("transformer", **{name: True}),
+        )
+        for name in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+    ),
+    Unserved(
+        "WanPipeline", "expand_timesteps (Wan 2.2 5B)", PlanMismatch,
+        "expected one timestep a sample, got a WanPipeline with expand_timesteps (Wan 2.2 5B), where each token has "
+        "its own",
+        changed=lambda pipe: with_components(pipe, expand_timesteps=True),
+    ),
+]  # fmt: skip
+
+OF_NO_FAMILY = (
+    "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLControlNetPipeline", "StableDiffusion3Img2ImgPipeline",
+    "FluxImg2ImgPipeline", "FluxControlNetPipeline", "FluxKontextPipeline", "QwenImageImg2ImgPipeline",
+    "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageControlNetPipeline", "WanImageToVideoPipeline",
+    "WanVideoToVideoPipeline",
+)  # fmt: skip
+"""Of the models that tier 2 serves, pipelines that it does not."""
