@@ -23,14 +23,15 @@ from torch import nn
 from fastdiff.errors import CannotCapture
 from fastdiff.forward import Backend, Forward, twin
 from fastdiff.scheduler import TableScheduler, table_scheduler
+from fastdiff.weights import is_adapter
 
 AccelerateMode = Literal["eager", "compiled", "graph"]
-DENOISERS = ("unet", "transformer", "transformer_2")
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 SCHEDULE = ("timesteps", "sigmas", "num_inference_steps")  # of the last call, for people to read
 
 # Components are shared between pipelines, so these are shared too.
 _encoding = threading.RLock()  # fast tokenizers raise "Already borrowed" when two threads call one
-_moving = threading.RLock()  # calls that move or cast weights, or keep something in the model
+_moving = threading.RLock()  # calls that move, cast or rescale weights, or keep something in the model
 
 
 class AccelerateStats(NamedTuple):
@@ -47,12 +48,15 @@ def accelerate(pipe: Any, mode: AccelerateMode = "eager", *, _backend: Backend =
     """Accelerate `pipe` in place until the handle's `restore()`; calls, callbacks and components stay as they are.
 
     "eager" replaces the scheduler alone. "compiled" compiles the denoisers' forwards, "graph" captures them as CUDA
-    graphs, each at the first call with tensors of other shapes or other plain arguments. Denoisers are looked at once
-    per pipeline call, at its start: one that changed (weights replaced, adapters set) is compiled or captured anew.
+    graphs, each at the first call with tensors of other shapes, other plain arguments or other settings of the model:
+    which adapters are active, their scales, an IP-Adapter's, attention processors. Settings may change in mid-call, by
+    a callback; all else of a denoiser is looked at once per pipeline call, at its start, and if it changed (weights
+    replaced, adapters loaded) everything is compiled or captured anew.
 
-    A callback gets the call's own pipe: what it sets there (`_interrupt`, `_guidance_scale`) is that call's. Pipelines
-    that offload, or that cast their autoencoder in each call, take one call at a time; with offload or other hooks
-    there is only "eager". A copy of an accelerated pipeline is not accelerated.
+    A callback gets the call's own pipe: what it sets there (`_interrupt`, `_guidance_scale`) is that call's. What it
+    sets in a model, adapters or an IP-Adapter's scale, is every call's, from then on and in other threads too. A
+    pipeline takes one call at a time if it offloads, has LoRA layers, perturbs attention or casts its autoencoder in
+    each call; with offload or other hooks there is only "eager". A copy of an accelerated pipeline is not accelerated.
     """
     return Acceleration(pipe, mode, _backend)
 
@@ -76,7 +80,7 @@ class Acceleration:
     def __init__(self, pipe: Any, mode: AccelerateMode, backend: Backend) -> None:
         if mode not in get_args(AccelerateMode):
             raise ValueError(f"mode: expected one of {', '.join(get_args(AccelerateMode))}, got {mode!r}")
-        _check_pipeline(pipe)
+        _check_pipeline(pipe, mode)
         former = _acceleration(pipe)
         if former and former.pipe is pipe:
             raise RuntimeError(f"this {type(pipe).__name__} is accelerated already: call its handle's restore() first")
@@ -87,7 +91,7 @@ class Acceleration:
         self._lock = threading.Lock()
         self._counts = (0, 0, 0)  # calls, rows, fallbacks
         self._forwards: dict[str, Forward] = {}
-        self._find_forwards()
+        self._find_forwards(_is_hooked(_modules(pipe)))
         self._find_scheduler()
         pipe.__class__ = _subclass(self.cls, self)  # Python looks __call__ up on the type, so the type it must be
 
@@ -108,10 +112,12 @@ class Acceleration:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pipeline's own call, on a pipe of its own: diffusers keeps what was asked for on the pipe itself."""
-        with self._lock:
-            hooked = self._find_forwards()
-        with _moving if hooked or _casts_its_vae(self.pipe) else nullcontext():
+        modules = _modules(self.pipe)
+        hooked = _is_hooked(modules)
+        alone = hooked or any(map(is_adapter, modules)) or _changes_its_models(self.pipe)
+        with _moving if alone else nullcontext():
             with self._lock:
+                self._find_forwards(hooked)  # not while another call changes the model
                 self._find_scheduler()
                 held, forwards = dict(vars(self.pipe)), dict(self._forwards)
             own = {name: _own(value, hooked, forwards.get(name)) for name, value in held.items()}
@@ -141,15 +147,17 @@ class Acceleration:
 
     def _find_scheduler(self) -> None:
         """Make the template; again where the pipe's scheduler was replaced, as people do at any time."""
-        if self._template is None or not isinstance(self.pipe.scheduler, TableScheduler):
-            self._original, self._template = self.pipe.scheduler, table_scheduler(self.pipe.scheduler)
+        scheduler = self.pipe.scheduler
+        if scheduler is not self._template:
+            is_handle = isinstance(scheduler, TableScheduler)  # the user's own, which may be strict
+            self._original = scheduler
+            self._template = copy.deepcopy(scheduler) if is_handle else table_scheduler(scheduler)
             vars(self.pipe)["scheduler"] = self._template  # the config has its class already
 
-    def _find_forwards(self) -> bool:
-        """The forwards of the denoisers that the pipe has now, as they are now; whether hooks run in its models."""
-        hooked = _is_hooked(vars(self.pipe).values())
+    def _find_forwards(self, hooked: bool) -> None:
+        """The forwards of the denoisers that the pipe has now, as they are now."""
         if self.mode == "eager":
-            return hooked
+            return
         if hooked:
             raise CannotCapture(f"mode {self.mode!r} runs no hooks of offload or caches; remove them, or use 'eager'")
         for name in DENOISERS:
@@ -160,17 +168,20 @@ class Acceleration:
                 self._forwards[name].check()
             else:
                 self._forwards[name] = Forward(model, self.mode, self._backend)
-        return False
 
 
-def _check_pipeline(pipe: Any) -> None:
+def _check_pipeline(pipe: Any, mode: AccelerateMode) -> None:
     from diffusers import DiffusionPipeline
 
-    name, found = type(pipe).__name__, isinstance(pipe, DiffusionPipeline) and hasattr(pipe, "scheduler")
-    if found and (inner := [key for key, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]):
+    name = type(pipe).__name__
+    if not (isinstance(pipe, DiffusionPipeline) and hasattr(pipe, "scheduler")):
+        raise TypeError(f"expected a diffusers pipeline with a scheduler, got {name}")
+    if inner := [key for key, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]:
         raise TypeError(f"{name} calls pipelines of its own: accelerate {' and '.join(inner)} instead")
-    if not (found and any(isinstance(getattr(pipe, key, None), nn.Module) for key in DENOISERS)):
-        raise TypeError(f"expected a diffusers pipeline with a scheduler and one of {', '.join(DENOISERS)}, got {name}")
+    if mode != "eager" and not any(isinstance(getattr(pipe, key, None), nn.Module) for key in DENOISERS):
+        raise TypeError(
+            f"mode {mode!r}: expected a pipeline with one of {', '.join(DENOISERS)}, got {name}; use mode 'eager'"
+        )
 
 
 def _acceleration(pipe: Any) -> Acceleration | None:
@@ -227,13 +238,18 @@ def _is_component(value: Any) -> bool:
     return isinstance(value, nn.Module) or hasattr(value, "set_timesteps")
 
 
-def _is_hooked(components: Iterable[Any]) -> bool:
+def _modules(pipe: Any) -> list[nn.Module]:
+    models = [value for value in list(vars(pipe).values()) if isinstance(value, nn.Module)]
+    return [module for model in models for module in model.modules()]
+
+
+def _is_hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether a model is offloaded, placed or cached by hooks, which know the module itself and no twin."""
-    modules = (module for model in list(components) if isinstance(model, nn.Module) for module in model.modules())
     return any("_hf_hook" in vars(one) or getattr(vars(one).get("_diffusers_hook"), "hooks", None) for one in modules)
 
 
-def _casts_its_vae(pipe: Any) -> bool:
-    """Whether each call casts the autoencoder to float32 and back, as Stable Diffusion XL does in half precision."""
+def _changes_its_models(pipe: Any) -> bool:
+    """Whether each call changes a model and back, the autoencoder's dtype (SDXL in half) or attention (PAG, SAG)."""
+    names = inspect.unwrap(type(pipe).__call__).__code__.co_names
     half = getattr(getattr(pipe, "vae", None), "dtype", torch.float32) != torch.float32
-    return half and "force_upcast" in inspect.unwrap(type(pipe).__call__).__code__.co_names
+    return "set_attn_processor" in names or (half and "force_upcast" in names)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.capture import StepGraphs, compiled
 from fastdiff.errors import CannotCapture, OutOfMemory
-from fastdiff.weights import Weights
+from fastdiff.weights import Settings, Weights
 
 Backend = str | Callable[..., Any]
 MOST_KEYS = 64  # what was made for others goes when there are more
@@ -25,7 +25,8 @@ class Forward:
     """Calls `model` by what was compiled or captured for tensors and numbers like the ones that it is given.
 
     The key is all that dynamo's guards or a graph would have frozen: the tree of the arguments, of each tensor its
-    layout and whether it is there twice, the value of everything else. The weights are looked at by `check()`.
+    layout and whether it is there twice, the value of everything else; and the model's settings, which callbacks and
+    pipelines change in mid-call. All else of the model is looked at by `check()`.
     """
 
     def __init__(self, model: nn.Module, how: Literal["compiled", "graph"], backend: Backend = "inductor") -> None:
@@ -39,8 +40,9 @@ class Forward:
         self._device = next(self.model.parameters()).device
         self._graphs = StepGraphs(self._device, unroll=1) if self.how == "graph" else None
         self._done = torch.cuda.Event() if self._graphs else None
-        self._made: dict[Hashable, Callable[..., Any]] = {}
-        self._weights = Weights(self.model)
+        self._made: dict[Hashable, tuple[Callable[..., Any], list[Any]]] = {}  # and what its key names by id
+        self._settings = Settings(self.model)
+        self._weights = Weights(self.model, self._settings)
 
     def check(self) -> None:
         """Forget all if the model is no longer what it was; what is needed is made anew at the next call."""
@@ -61,18 +63,21 @@ class Forward:
         """What the model gives; never an alias of a graph's memory."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self._device.type)
-        key = (spec, *_key(leaves), *modes)
+        parts = spec, *_key(leaves), *modes
         with _one_at_a_time:
-            made = self._made.get(key)
-            if made is None:
-                if len(self._made) >= MOST_KEYS:
-                    self.close()
-                made = self._compiled() if self._graphs is None else self._captured(self._graphs, leaves, spec)
-                output = made(*args, **kwargs)  # the first compiles
-                self._made[key] = made
-                self.built += 1
-                return output
-            return made(*args, **kwargs)
+            settings, kept = self._settings.now()
+            key = (*parts, settings)
+            if key in self._made:
+                made, _ = self._made[key]
+                return made(*args, **kwargs)
+            if len(self._made) >= MOST_KEYS:
+                self.close()
+            made = self._compiled() if self._graphs is None else self._captured(self._graphs, leaves, spec)
+            output = made(*args, **kwargs)  # the first compiles
+            self.built += 1
+            if self._settings.now()[0] == settings:  # else another thread set them, and nobody knows which are in it
+                self._made[key] = made, kept
+            return output
 
     def _compiled(self) -> Callable[..., Any]:
         model = self.model

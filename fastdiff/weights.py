@@ -7,6 +7,8 @@ visible to both; everything else does not.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Hashable
 from types import FunctionType
 from typing import Any
 
@@ -17,18 +19,22 @@ _SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _TREE = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training", *_TREE, *_HOOKS}  # gradients, state dicts: no forward sees them
+_ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of a layer of peft
 
 _Address = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 _MISSING = object()
+_NONE: dict[str, Any] = {}
 
 
 class Weights:
     """The tree of `model` as it is now: modules, tensors' addresses, hooks, and the plain numbers they keep.
 
-    `changed` walks flat lists that are made once, so that it can be asked once per request.
+    `changed` walks flat lists that are made once, so that it can be asked once per request. It leaves out `settings`,
+    for whoever looks at those more often.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module | None, settings: Settings | None = None) -> None:
+        self._left_out = settings.places if settings else frozenset()
         self._dicts: list[tuple[str, dict[Any, Any], int]] = []  # name, a dict that is watched, its length
         self._entries: list[tuple[str, dict[Any, Any], Any, Any]] = []  # name, dict, key, value: must be the same
         self._tensors: list[tuple[str, Tensor, _Address]] = []
@@ -45,7 +51,7 @@ class Weights:
                 return f"{name} has {len(entries)} entries, had {length}"
         for name, entries, key, value in self._entries:
             now = entries.get(key, _MISSING)
-            if now is not value and not (type(now) is type(value) and isinstance(now, _SCALARS) and now == value):
+            if now is not value and not (type(now) is type(value) and _is_same(now, value)):
                 return f"{name} was {_spell(value)}, is {_spell(now)}"
         for name, tensor, address in self._tensors:
             if _address(tensor) != address:
@@ -68,6 +74,8 @@ class Weights:
             self._watch(f"{name}[{key!r}]", entries, key, value)
 
     def _watch(self, name: str, holder: dict[Any, Any], key: Any, value: Any) -> None:
+        if (id(holder), key) in self._left_out:
+            return
         self._entries.append((name, holder, key, value))
         if isinstance(value, Tensor):
             self._tensors.append((name, value, _address(value)))
@@ -80,9 +88,72 @@ class Weights:
             self._watch_object(name, vars(value), frozenset())
 
 
+class Settings:
+    """What pipelines and callbacks change of `model` in mid-call, found once and read before every forward.
+
+    Which attention processors run, with what numbers (an IP-Adapter's scale); which adapters are active, how strongly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._attention = [module for module in modules if getattr(module, "processor", None) is not None]
+        self._adapters = [vars(module) for module in modules if is_adapter(module)]
+        numbers = [vars(module.processor) for module in self._attention if hasattr(module.processor, "__dict__")]
+        self.places = frozenset(
+            [(id(own), name) for own in self._adapters for name in _ADAPTER]
+            + [(id(own), name) for own in numbers for name, value in own.items() if _is_setting(value)]
+        )
+
+    def now(self) -> tuple[tuple[Hashable, ...], list[Any]]:
+        """The settings, and the objects among them: they are told apart by their ids as long as somebody keeps them."""
+        values: list[Hashable] = []
+        kept: list[Any] = []
+        for module in self._attention:
+            processor = module.processor
+            values.append(id(processor))
+            kept.append(processor)
+            numbers = getattr(processor, "__dict__", _NONE).values()
+            values += [_frozen(value, kept) for value in numbers if _is_setting(value)]
+        for own in self._adapters:
+            active, scaling = own.get("_active_adapter", ()), own.get("scaling", _NONE)
+            names = (active,) if isinstance(active, str) else tuple(active)
+            scales = [_rounded(scaling[name]) for name in names if name in scaling]
+            values.append((names, own.get("_disable_adapters"), *own.get("merged_adapters", ()), *scales))
+        return tuple(values), kept
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether it is a layer of peft, whose scales diffusers multiplies and divides in each forward that has one."""
+    return hasattr(module, "adapter_layer_names")
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (list, *_SCALARS))
+
+
+def _frozen(value: Any, kept: list[Any]) -> Hashable:
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, (list, tuple)):  # an IP-Adapter's scale may be one of lists
+        return tuple(_frozen(item, kept) for item in value)
+    kept.append(value)
+    return id(value)
+
+
+def _rounded(scale: float) -> float:
+    """As tensors take it: diffusers multiplies it by a call's scale and divides it again, and the last bit is lost."""
+    return ctypes.c_float(scale).value
+
+
 def _is_processor(value: Any) -> bool:
     """Attention processors and their like: plain objects of diffusers or the user that a module calls."""
     return callable(value) and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, FunctionType))
+
+
+def _is_same(now: Any, value: Any) -> bool:
+    if isinstance(now, float):
+        return _rounded(now) == _rounded(value)
+    return isinstance(now, _SCALARS) and bool(now == value)
 
 
 def _address(tensor: Tensor) -> _Address:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.weights import Weights
+from fastdiff.weights import Settings, Weights
 
 
 class LoraLinear(nn.Module):
@@ -35,7 +36,7 @@ class Processor:
     """An attention processor: a plain object with numbers of its own, as IP-Adapter's."""
 
     def __init__(self) -> None:
-        self.scale = [0.5]
+        self.scale: list[Any] = [0.5]
 
     def __call__(self, attention: Any, x: Tensor, **others: Any) -> Tensor:
         return x
@@ -150,3 +151,71 @@ def test_values_written_in_place_and_use_are_no_change(model: Any) -> None:
 
 def test_no_model_is_never_stale() -> None:
     assert Weights(None).changed() is None
+
+
+def test_a_scale_that_was_multiplied_and_divided_again_is_no_change(model: Any) -> None:
+    scaling = _attention(model).to_q.scaling
+    scaling["default"] = 0.9
+    weights = Weights(model)
+    scaling["default"] = 0.9 * 0.3 / 0.3
+    assert scaling["default"] != 0.9
+    assert weights.changed() is None
+    scaling["default"] = 0.9001
+    assert weights.changed()
+
+
+# Settings
+
+
+@pytest.fixture
+def adapted(pipe: Any) -> Any:
+    unet = copy.deepcopy(pipe.unet)
+    for name in ("one", "two"):
+        config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
+        unet.add_adapter(config, name)
+    unet.set_adapters(["one"], [0.9])
+    _attention(unet).processor = processor = Processor()
+    processor.scale += [[0.1, 0.2]]
+    return unet
+
+
+def _nested_scale(model: Any) -> None:
+    _attention(model).processor.scale[1][0] = 0.3
+
+
+SETTINGS: list[Callable[[Any], None]] = [
+    _processor_scale,
+    _nested_scale,
+    lambda model: model.set_adapters(["one"], [1.2]),
+    lambda model: model.set_adapters(["two"], [1.1]),
+    lambda model: model.set_adapters(["two", "one"], [1.1, 1.1]),
+    lambda model: model.disable_adapters(),
+]
+
+
+def test_settings_are_told_apart_and_left_to_whoever_looks_at_them(adapted: Any) -> None:
+    settings = Settings(adapted)
+    weights = Weights(adapted, settings)
+    seen = [settings.now()]  # and what they name by id
+    for change in SETTINGS:
+        change(adapted)
+        seen.append(settings.now())
+        assert weights.changed() is None
+    for change in (_processor, lambda model: model.fuse_lora()):  # of which more is seen than the settings
+        change(adapted)
+        seen.append(settings.now())
+        assert weights.changed()
+    assert len({key for key, _ in seen}) == len(SETTINGS) + 3
+    assert settings.now()[0] == seen[-1][0]
+
+
+def test_a_call_with_a_scale_leaves_the_settings_as_they_were(pipe: Any, adapted: Any) -> None:
+    _attention(adapted).processor = _attention(pipe.unet).processor
+    settings, scaling = Settings(adapted), _attention(adapted).to_q.scaling
+    before, _ = settings.now()
+    scale = scaling["one"]
+    adapted(
+        torch.randn(1, 4, 8, 8), 3, encoder_hidden_states=torch.randn(1, 16, 64), cross_attention_kwargs={"scale": 0.3}
+    )
+    assert scaling["one"] != scale  # it lost its last bit
+    assert settings.now()[0] == before
