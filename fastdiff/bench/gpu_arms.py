@@ -40,19 +40,25 @@ class Arm(Protocol):
     def run(self, rows: int) -> None:
         """Enqueue that many rows, and wait for nothing."""
 
+    @property
+    def tolerance(self) -> float:
+        """The most that its error may be."""
+        ...
+
     def error(self) -> float:
         """How far all rows of a schedule led from what they should have."""
         ...
 
 
 class Work:
-    """The requests of one cell, a sampler each, and what the reference arm makes of them."""
+    """The requests of one cell, a sampler each, and what the reference makes of them."""
 
-    def __init__(self, samplers: Sequence[str], steps: int, inputs: Inputs, tolerance: float) -> None:
-        self.samplers, self.steps, self.inputs, self.tolerance = tuple(samplers), steps, inputs, tolerance
+    def __init__(self, samplers: Sequence[str], steps: int, inputs: Inputs, tolerance: float = 0.0) -> None:
+        self.samplers, self.steps, self.inputs = tuple(samplers), steps, inputs
         self.device = inputs.sample.device
         self.templates = [scheduler_class(name)() for name in samplers]
         self.guidance: list[float] = inputs.guidance.tolist()
+        self.tolerance = tolerance
         self._reference = self._silent = torch.empty(0)
 
     def settle(self, reference: DiffusersRows) -> None:
@@ -60,6 +66,12 @@ class Work:
         reference.start()
         reference.run(self.steps)
         self._reference, self._silent = reference.last().double(), self._without_a_model()
+
+    def allow(self, ratio: float, usual: DiffusersRows) -> None:
+        """Let every arm err `ratio` times as much as the `usual` one does."""
+        usual.start()
+        usual.run(self.steps)
+        self.tolerance = ratio * usual.error()
 
     def error(self, last: Tensor) -> float:
         """The worst request's distance from the reference, relative to it or to the model's part in it if that is less.
@@ -115,6 +127,11 @@ class DiffusersRows:
         self._samples = [part * init_noise_sigma(one) for part, one in zip(parts, self._schedulers, strict=True)]
         self._row = 0
 
+    @property
+    def tolerance(self) -> float:
+        """What is allowed of its requests."""
+        return self._work.tolerance
+
     def run(self, rows: int) -> None:
         """Scale, call the model, step every scheduler."""
         for _ in range(rows):
@@ -166,6 +183,11 @@ class SlotRows:
             )
             self._slots.load(slot, state)
 
+    @property
+    def tolerance(self) -> float:
+        """What is allowed of its requests."""
+        return self._work.tolerance
+
     def run(self, rows: int) -> None:
         """One call for every `rows_per_call` rows."""
         for _ in range(rows // self.rows_per_call):
@@ -183,9 +205,9 @@ class ModelAlone:
     name = "model/graph"
     rows_per_call = 1
 
-    def __init__(self, model: Model, eager: Model, inputs: Inputs) -> None:
+    def __init__(self, model: Model, inputs: Inputs, expected: Tensor, tolerance: float) -> None:
         self._model, self._inputs = model, inputs
-        self._expected = eager(*inputs).double()
+        self._expected, self.tolerance = expected.double(), tolerance
         self._output = torch.empty(0)
         self._replay: Callable[[], None] = self._call
 
@@ -208,8 +230,13 @@ class ModelAlone:
             self._replay()
 
     def error(self) -> float:
-        """Against the model in eager mode."""
-        return float((self._output.double() - self._expected).norm() / self._expected.norm())
+        """Of its output."""
+        return relative_error(self._output, self._expected)
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """How far an output is from what it should be, by their norms."""
+    return float((output.double() - expected.double()).norm() / expected.double().norm())
 
 
 # Measuring
@@ -239,7 +266,8 @@ def measure_rows(
         arm.start()
         arm.run(work.steps)
         errors[arm.name] = arm.error()
-    valid = {arm.name: arm for arm in arms if errors[arm.name] <= work.tolerance}  # NaN is not
+    allowed = {arm.name: arm.tolerance for arm in arms}
+    valid = {arm.name: arm for arm in arms if errors[arm.name] <= allowed[arm.name]}  # NaN is not
     compared = [pair for pair in pairs if set(pair) <= valid.keys()]
     blocks = {name: _block(arm, work) for name, arm in valid.items()}
     samples = interleave(blocks, compared, rule, seed=0) if blocks else {}
@@ -249,7 +277,7 @@ def measure_rows(
         own = [sample for sample in samples.get(name, ()) if isinstance(sample, RowSample)]
         entries[name] = {
             "status": "ok" if right else "INVALID",
-            "reason": None if right else f"differs from the reference by {error:.2g}, more than {work.tolerance:g}",
+            "reason": None if right else f"differs from the reference by {error:.2g}, more than {allowed[name]:.2g}",
             "error": error if math.isfinite(error) else None,
             "row_s": [sample.total_s for sample in own],
             "host_s": [sample.host_s for sample in own],
@@ -296,17 +324,16 @@ def _block(arm: Arm, work: Work) -> Block:
     return block
 
 
-def observe(arms: Sequence[Arm], work: Work, measured: Entry) -> Entry:
-    """What only a CUDA device tells of the arms that were timed.
+def observe(arms: Sequence[Arm], work: Work) -> Entry:
+    """What only a CUDA device tells of arms that were timed.
 
     Afterwards nothing must be timed in this process: a profiler that has been there makes every launch slower.
     """
-    valid = [arm for arm in arms if measured["arms"][arm.name]["status"] == "ok"]
     return {
         "kind": "observed",
         "samplers": list(work.samplers),
         "rows": work.steps,
-        "arms": {arm.name: _observe(arm, work) for arm in valid},
+        "arms": {arm.name: _observe(arm, work) for arm in arms},
     }
 
 

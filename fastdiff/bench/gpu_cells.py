@@ -11,7 +11,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.bench import gpu_suite
+from fastdiff.bench import gpu_suite, selftest
 from fastdiff.bench.arms import (
     cloned_deepcopy,
     cloned_shallow,
@@ -31,7 +31,18 @@ from fastdiff.bench.arms import (
     set_timesteps,
     shared,
 )
-from fastdiff.bench.gpu_arms import Arm, DiffusersRows, Entry, Model, ModelAlone, SlotRows, Work, measure_rows, observe
+from fastdiff.bench.gpu_arms import (
+    Arm,
+    DiffusersRows,
+    Entry,
+    Model,
+    ModelAlone,
+    SlotRows,
+    Work,
+    measure_rows,
+    observe,
+    relative_error,
+)
 from fastdiff.bench.gpu_suite import TREES, CellCase, GpuSuite
 from fastdiff.bench.measure import StopRule
 from fastdiff.bench.rows import null_model
@@ -49,7 +60,8 @@ from fastdiff.state import RequestState
 from fastdiff.step import denoise_step
 
 NEEDS_CUDA = "needs CUDA"
-CUDA_ARMS = ("tensorized/compiled", "tensorized/step-graph", "tensorized/loop-graph")
+GRAPH_ARMS = ("tensorized/step-graph", "tensorized/loop-graph")
+TESTS_END_S = 15  # of their cell's max_s, for it to start and to say how far they came
 
 
 class Unsupported(Exception):
@@ -86,6 +98,10 @@ class Settings:
         if not self.on_cuda:
             raise Unsupported(NEEDS_CUDA)
 
+    def compiler(self) -> AbstractContextManager[object]:
+        """What torch.compile does within: on a CPU it only traces, to show that it can."""
+        return nullcontext() if self.on_cuda else torch.compiler.set_stance("default", force_backend="eager")
+
 
 def cuda_tests(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """The tests that are marked `cuda`, in a process of their own."""
@@ -104,7 +120,7 @@ def cuda_tests(settings: Settings, case: CellCase) -> Iterator[Entry]:
     with log.open("w", encoding="utf-8") as output, suppress(subprocess.TimeoutExpired):  # which no code says
         code = subprocess.run(
             command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False,
-            timeout=case.max_s,
+            timeout=case.max_s and max(1.0, case.max_s - TESTS_END_S),
         ).returncode  # fmt: skip
     seconds, said = time.perf_counter() - started, log.read_text(encoding="utf-8")
     counts = read_junit(results.read_text(encoding="utf-8")) if results.exists() else read_log(said)
@@ -179,9 +195,7 @@ def null_rows(settings: Settings, case: CellCase) -> Iterator[Entry]:
     shape, unroll = own.latent_shape, settings.suite.unroll
     plan = CapturePlan(latent_shape=shape, dtype=torch.float32, batch_sizes=(n,), unroll=unroll)
     ready = _Ready(settings, null_model, plan, model=None)
-    if settings.on_cuda:
-        yield from ready.build()
-    timed = []
+    yield from ready.build()
     generator = torch.Generator(settings.device).manual_seed(0)
     first = torch.randn(n, *shape, generator=generator, device=settings.device)
     inputs = Inputs(first, torch.ones(n), {}, torch.ones(n))
@@ -197,60 +211,109 @@ def null_rows(settings: Settings, case: CellCase) -> Iterator[Entry]:
             arms.insert(0, DiffusersRows("shared", work, shared, None, together=True))
         unsupported = {} if alike else {"shared": "one scheduler cannot be several samplers"}
         if not settings.on_cuda:
-            unsupported |= dict.fromkeys(CUDA_ARMS, NEEDS_CUDA)
+            unsupported |= dict.fromkeys(GRAPH_ARMS, NEEDS_CUDA)
         arms = [arm for arm in arms if arm.name in own.arms]
         pairs = [("cloned-deepcopy", arm.name) for arm in arms if arm.name != "cloned-deepcopy"]
         rows = measure_rows(arms, work, pairs, settings.rule, _listed(unsupported, own.arms))
         yield {"model": "null model", **rows}
-        timed.append((arms, work, rows))
     yield ready.profile([])
     if settings.on_cuda:
-        yield from (observe(*one) for one in timed)
+        # Of the last requests alone, where several are mixed: an arm is traced for longer than it is timed.
+        yield observe([arm for arm in arms if rows["arms"][arm.name]["status"] == "ok"], work)
 
 
 def geometry_rows(settings: Settings, case: CellCase) -> Iterator[Entry]:
-    """A geometry's rows as diffusers, torch.compile and fastdiff run them, and what each took to make ready."""
+    """A geometry's rows as diffusers, torch.compile and fastdiff run them, and what each took to make ready.
+
+    In stages, so that a cut loses only those that it did not come to: what is there at once, what fastdiff's own
+    settings compile, what torch.compile captures by itself.
+    """
     suite, n, how = settings.suite, _batch(case), case.compile or "default"
     own = _geometry(settings, case)
     plan = replace(own.plan, batch_sizes=(n,), unroll=suite.unroll, compile=how)
-    ready = _Ready(settings, own.denoiser, plan, own.model)
     inputs = own.inputs(n)._replace(guidance=torch.full((n,), suite.rows.guidance, device=settings.device))
-    samplers = (case.sampler or "DPMSolverMultistep",) * n
-    work = Work(samplers, suite.rows.steps, inputs, suite.rows.tolerance)
+    samplers, steps = (case.sampler or "DPMSolverMultistep",) * n, case.steps or suite.rows.steps
+    work = Work(samplers, steps, inputs)
     eager = DiffusersRows("cloned-deepcopy/eager", work, cloned_deepcopy, own.denoiser)
-    work.settle(eager)
-    trees, arms = f"cloned-deepcopy/{TREES[how]}", list[Arm]([eager])
+    with _in_float32(own.model):
+        precise = _precise(inputs)
+        work.settle(DiffusersRows("float32", Work(samplers, steps, precise), cloned_deepcopy, own.denoiser))
+        expected = own.denoiser(*precise)
+    work.allow(suite.rows.error_ratio, eager)
+    stages = _Stages(settings, work, {"model": own.name, "compile": how})
+    ready = _Ready(settings, own.denoiser, plan, own.model)
+    yield stages.rows([eager, *ready.arms(work)])
+
+    yield from ready.build()
+    model, trees = _compiled_model(own, n, how), f"cloned-deepcopy/{TREES[how]}"
+    compile_s = _first_call(settings, lambda: model(*inputs))
+    yield _built("cloned-deepcopy/compiled", Built(compile_s=compile_s))
+    arms: list[Arm] = [DiffusersRows("cloned-deepcopy/compiled", work, cloned_deepcopy, model), *ready.arms(work)[1:]]
     unsupported: dict[str, str] = {}
-    if not settings.on_cuda:
-        unsupported = dict.fromkeys(("cloned-deepcopy/compiled", trees, *CUDA_ARMS, ModelAlone.name), NEEDS_CUDA)
-    elif own.plan.regional:
-        unsupported[trees] = "compiled by region, every call of a block would be a graph of its own"
-        unsupported["tensorized/loop-graph"] = "a row of so large a model is far longer than its launch"
     if settings.on_cuda:
-        model = _compiled_model(own, n, how)
-        yield _built("cloned-deepcopy/compiled", Built(compile_s=_first_call(lambda: model(*work.inputs))))
-        yield from ready.build()
-        alone = ModelAlone(model, own.denoiser, work.inputs)
+        tolerance = suite.rows.error_ratio * relative_error(own.denoiser(*inputs), expected)
+        alone = ModelAlone(model, inputs, expected, tolerance)
         yield _built(alone.name, alone.capture(n))
-        arms += [DiffusersRows("cloned-deepcopy/compiled", work, cloned_deepcopy, model), alone]
-    arms = [arm for arm in (*arms, *ready.arms(work)) if arm.name in suite.rows.arms]
-    title = {"model": own.name, "compile": how}
-    refused = _listed(unsupported, suite.rows.arms)
-    rows = title | measure_rows(arms, work, suite.rows.compare, settings.rule, refused)
-    yield rows
-    timed = [(arms, work, rows)]
-    if settings.on_cuda and trees in suite.rows.arms and trees not in unsupported:
+        arms.append(alone)
+    else:
+        unsupported = dict.fromkeys((*GRAPH_ARMS, ModelAlone.name), NEEDS_CUDA)
+    if plan.regional:
+        unsupported[trees] = "compiled by region, every call of a block would be a graph of its own"
+        unsupported.setdefault("tensorized/loop-graph", "a row of so large a model is far longer than its launch")
+    yield stages.rows(arms, unsupported)
+
+    if trees in suite.rows.arms and trees not in unsupported:
         marked = _with_trees(own.denoiser, TREES[how])
-        yield _built(trees, Built(compile_s=_first_call(lambda: marked(*work.inputs))))
-        by_itself = DiffusersRows(trees, work, cloned_deepcopy, marked)
-        arms = [eager, by_itself, *(arm for arm in arms if arm.name == "tensorized/step-graph")]
-        pairs = [pair for pair in suite.rows.compare if trees in pair]
-        rows = title | measure_rows(arms, work, pairs, settings.rule)
-        yield rows
-        timed.append(([by_itself], work, rows))
+        yield _built(trees, Built(compile_s=_first_call(settings, lambda: marked(*inputs))))
+        yield stages.rows([DiffusersRows(trees, work, cloned_deepcopy, marked)])
     yield ready.profile([*own.model.parameters(), *own.model.buffers()])
     if settings.on_cuda:
-        yield from (observe(*one) for one in timed)
+        yield observe(list(stages.valid.values()), work)
+
+
+class _Stages:
+    """The rows of a geometry's arms as they become ready: new ones, and those before that they are compared with.
+
+    A ratio is only ever of arms that were interleaved, in one entry.
+    """
+
+    def __init__(self, settings: Settings, work: Work, title: Entry) -> None:
+        self.valid: dict[str, Arm] = {}
+        self._settings, self._work, self._title = settings, work, title
+
+    def rows(self, new: Sequence[Arm], unsupported: Mapping[str, str] | None = None) -> Entry:
+        """The entry of a stage."""
+        asked = self._settings.suite.rows
+        every = self.valid | {arm.name: arm for arm in new if arm.name in asked.arms}
+        names = every.keys() - self.valid.keys()
+        pairs = [pair for pair in asked.compare if set(pair) <= every.keys() and not names.isdisjoint(pair)]
+        names |= {name for pair in pairs for name in pair}
+        arms = [arm for name, arm in every.items() if name in names]
+        refused = _listed(unsupported or {}, asked.arms)
+        entry = self._title | measure_rows(arms, self._work, pairs, self._settings.rule, refused)
+        self.valid |= {arm.name: arm for arm in arms if entry["arms"][arm.name]["status"] == "ok"}
+        return entry
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """The model in float32, and back: every bfloat16 value is one of float32, so its weights are what they were.
+
+    On CUDA convolutions then round to TF32, torch's default: eight times finer than bfloat16.
+    """
+    own = next(model.parameters()).dtype
+    nn.Module.to(model, torch.float32)  # diffusers' `to` warns of casts
+    try:
+        yield
+    finally:
+        nn.Module.to(model, own)
+
+
+def _precise(inputs: Inputs) -> Inputs:
+    conditioning = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.conditioning.items()
+    }
+    return inputs._replace(sample=inputs.sample.float(), conditioning=conditioning)
 
 
 def _geometry(settings: Settings, case: CellCase) -> Geometry:
@@ -292,14 +355,16 @@ class _Ready:
         }
 
     def build(self) -> Iterator[Entry]:
-        """Compile, then capture one row and the plan's `unroll` rows of the compiled step."""
+        """Compile, then capture one row and the plan's `unroll` rows of the compiled step, where there are graphs."""
         slots = Slots(self._plan, self._settings.device, planar=True)
         steps = Steps(self._denoiser, slots, "compiled", self._model)
         step = partial(steps, self._n)
-        compile_s = _first_call(step)
+        compile_s = _first_call(self._settings, step)
         yield _built("tensorized/compiled", Built(compile_s=compile_s))
         self._modes["tensorized/compiled"] = slots, step, 1
-        for name, unroll in (("tensorized/step-graph", 1), ("tensorized/loop-graph", self._plan.unroll)):
+        if not self._settings.on_cuda:
+            return
+        for name, unroll in zip(GRAPH_ARMS, (1, self._plan.unroll), strict=True):
             if unroll > 1 and self._plan.regional:
                 continue
             graphs = StepGraphs(self._settings.device, unroll)
@@ -316,11 +381,12 @@ def _built(arm: str, built: Built) -> Entry:
     return {"kind": "built", "arm": arm, **asdict(built)}
 
 
-def _first_call(work: Callable[[], object]) -> float:
+def _first_call(settings: Settings, work: Callable[[], object]) -> float:
     """Seconds of a call that compiles."""
     started = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    if settings.on_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -405,6 +471,7 @@ def graph_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
 def _collect() -> None:
     gc.collect()
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()  # as captures do: what is left must not depend on which came last
     torch.cuda.empty_cache()
 
 
@@ -488,7 +555,7 @@ def _slot_held(settings: Settings, sampler: str, of: MemoryCase) -> Entry:
 def starts(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """Two processes that ready the same step graph, sharing the compiler's cache, which is empty at first."""
     settings.require_cuda()
-    code = "import sys; from fastdiff.bench.gpu_cells import start; start(*sys.argv[1:])"
+    code = "import sys; from fastdiff.bench.gpu_cells import ready_once; ready_once(*sys.argv[1:])"
     with tempfile.TemporaryDirectory() as cache:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_CACHE_DIR"}
         environment["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -503,7 +570,7 @@ def starts(settings: Settings, case: CellCase) -> Iterator[Entry]:
             yield {"kind": "start", "model": case.geometry, "start": which, "process_s": process_s, **printed}
 
 
-def start(name: str, device: str) -> None:
+def ready_once(name: str, device: str) -> None:
     """Ready the step graph of one slot, run a row, print what that took."""
     started = time.perf_counter()
     own = geometry(name, device, torch.bfloat16)
@@ -518,6 +585,13 @@ def start(name: str, device: str) -> None:
     sys.stdout.write(json.dumps({"load_s": load_s, "ready_s": ready_s, **asdict(steps.built[0, 1])}) + "\n")
 
 
+def self_test(settings: Settings, case: CellCase) -> Iterator[Entry]:
+    """Whether times of eager rows on this device tell 5 % more work from the same work, and nothing from nothing."""
+    report = selftest.measure(str(settings.device), {"a_a": 1, "slower": 1} if settings.tiny else selftest.QUICK, 0)
+    told = ("seconds", "phi", "grade", "meaning", "flagged", "found", "wrong", "passed", "checks", "trials")
+    yield {"kind": "selftest", **{name: report[name] for name in told}}
+
+
 MEASURES: Mapping[str, Callable[[Settings, CellCase], Iterator[Entry]]] = {
     "tests": cuda_tests,
     "ceilings": ceilings,
@@ -526,5 +600,6 @@ MEASURES: Mapping[str, Callable[[Settings, CellCase], Iterator[Entry]]] = {
     "graphs": graph_memory,
     "ownership": ownership_memory,
     "start": starts,
+    "selftest": self_test,
 }
 """By the word that the suite's cells have for it."""

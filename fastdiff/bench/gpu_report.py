@@ -26,17 +26,20 @@ ROW_TARGETS_S = {"sd15-512": 4.3e-3, "sdxl-1024": 31e-3, "dit-xl-256": 1.4e-3, "
 IMAGE_ROWS = 50  # rows of a schedule, for break-even
 GRAPH, ALONE = "tensorized/step-graph", "model/graph"
 NONE = "–"
+MEASURED = ("ok", "unsupported")
 LEGEND = """\
 Arms: `cloned-deepcopy` is a diffusers scheduler for each request, stepped in Python; `shared` one for all, which works
 while they sample alike and in step; `tensorized` is fastdiff; `model/graph` is the model captured alone.
 Times are medians per row. `launches` are kernels, copies and fills, those of a graph one by one; `before a row` is what
-all requests of the batch take to get ready. Ratios are base / arm with their interval: above 1, the arm is faster."""
+all requests of the batch take to get ready. Ratios are base / arm with their interval: above 1, the arm is faster.
+Errors of real geometries are against diffusers in float32, those of the null model against cloned-deepcopy."""
 
 
 @dataclass
 class Outcome:
-    """The last attempt at a cell."""
+    """An attempt at a cell."""
 
+    code: str | None = None  # a hash of what ran
     status: str = "cut"  # until its end is journalled
     reason: str | None = None
     seconds: float | None = None
@@ -58,18 +61,28 @@ class Target(NamedTuple):
 
 
 def attempts(records: Sequence[Record]) -> dict[str, Outcome]:
-    """Every cell that was begun, by name."""
+    """Every cell that was begun, by name: the last attempt, or one that the same code got further in."""
+    kept: dict[str, Outcome] = {}
     found: dict[str, Outcome] = {}
     for record in records:
+        name = record.get("cell", "")
         if record["event"] == "start":
-            found.pop(record["cell"], None)  # the order is that of the last attempts
-            found[record["cell"]] = Outcome()
+            if name in found:
+                kept[name] = _better(kept.get(name), found.pop(name))  # the order is that of the last attempts
+            found[name] = Outcome(record["code"])
         elif record["event"] == "entry":
-            found[record["cell"]].entries.append(record["entry"])
+            found[name].entries.append(record["entry"])
         elif record["event"] == "end":
-            one = found.setdefault(record["cell"], Outcome())  # its process may have died before it began
+            one = found.setdefault(name, Outcome())  # its process may have died before it began
             one.status, one.reason, one.seconds = record["status"], record["reason"], record["seconds"]
-    return found
+    return {name: _better(kept.get(name), one) for name, one in found.items()}
+
+
+def _better(former: Outcome | None, one: Outcome) -> Outcome:
+    if former is None or one.status in MEASURED or former.code != one.code:
+        return one
+    further = former.status in MEASURED or len(former.entries) > len(one.entries)
+    return former if further else one
 
 
 def outcomes(records: Sequence[Record]) -> dict[str, str]:
@@ -86,16 +99,18 @@ def markdown(records: Sequence[Record]) -> str:
     page = ["# What a CUDA machine tells", ""]
     for run in runs:
         tiny = ", **tiny: toy models, the times say nothing**" if run["settings"]["tiny"] else ""
-        page.append(f"- {run['at']}: {run['machine']}{tiny}")
+        page.append(f"- {run['at']}: {run['machine']}, commit {run['commit']}{tiny}")
     page += ["", LEGEND, ""]
     page += _not_measured(planned, found)
     targets = [target for one in found.values() for target in _targets(one, gpu)]
     if targets:
         met = [(one.figure, one.measured, one.goal, "met" if one.met else "**not met**") for one in targets]
         page += ["## Targets", "", *_table(("figure", "measured", "target", ""), met), ""]
+    several = len({one.code for one in found.values()}) > 1
     for name, one in ((name, one) for name, one in found.items() if one.entries):
         seconds = "" if one.seconds is None else f", {one.seconds:.0f} s"
-        page += [f"## {name} ({one.status}{seconds})", ""]
+        ran = f", code {one.code}" if several else ""
+        page += [f"## {name} ({one.status}{seconds}{ran})", ""]
         for kind, render in _RENDERED.items():
             if entries := one.of_kind(kind):
                 page += [*render(entries, one), ""]
@@ -266,7 +281,7 @@ def _rows(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
         samplers, observed = ", ".join(dict.fromkeys(entry["samplers"])), _observed(entry, outcome)
         yield (
             f"{entry['model']} x {entry['batch']}, {samplers}, {entry['rows']} rows, "
-            f"error at most {entry['tolerance']:g}:"
+            f"error at most {entry['tolerance']:.2g}:"
         )
         yield ""
         timed = {name: arm for name, arm in entry["arms"].items() if arm.get("row_s")}
@@ -356,9 +371,22 @@ def _starts(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
     yield from _table(("model", "start", "process", "load", "compile", "warm-up", "capture", "first row"), rows)
 
 
+def _selftests(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
+    for entry in entries:
+        phi = "not measured" if entry["phi"] is None else f"{entry['phi']:.2%}"
+        a_a, slower = (len(entry["trials"][kind]) for kind in ("a_a", "slower"))
+        yield (
+            f"Grade {entry['grade']}, {'passed' if entry['passed'] else '**failed**'}: two arms of the same code "
+            f"differ by {phi} (95th percentile), {entry['flagged']} of {a_a} were flagged; of {slower} with 5 % more "
+            f"work {entry['found']} were found, {entry['wrong']} misjudged."
+        )
+        yield from ("", *(f"- {name}: {value}" for name, value in entry["checks"].items()))
+
+
 _RENDERED: dict[str, Callable[[Sequence[Record], Outcome], Iterator[str]]] = {
     "tests": _tests, "ceilings": _ceilings, "profile": _profiles, "built": _builds, "rows": _rows, "graphs": _graphs,
     "phase": _phases, "ownership": _ownerships, "start": _starts,
+    "selftest": _selftests,
 }  # fmt: skip
 
 

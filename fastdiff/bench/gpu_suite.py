@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -19,16 +20,17 @@ TREES: Mapping[Compile, str] = {"default": "reduce-overhead", "max-autotune-no-c
 """torch.compile's mode that captures graphs by itself, beside each of ours that does not."""
 ARMS = (*(f"cloned-deepcopy/{how}" for how in ("eager", "compiled", *TREES.values())), *TENSORIZED, "model/graph")
 NEEDS: Mapping[str, frozenset[str]] = {
-    "tests": frozenset({"max_s"}),
+    "tests": frozenset(),
     "ceilings": frozenset(),
     "null model": frozenset({"batch"}),
     "rows": frozenset({"geometry", "batch"}),
     "graphs": frozenset({"geometry"}),
     "ownership": frozenset(),
     "start": frozenset({"geometry"}),
+    "selftest": frozenset(),
 }
-"""What a cell can measure, and the keys that it then has."""
-MAY: Mapping[str, frozenset[str]] = {"rows": frozenset({"sampler", "compile"})}
+"""What a cell can measure, and the keys that it then has, `max_s` beside them."""
+MAY: Mapping[str, frozenset[str]] = {"rows": frozenset({"sampler", "compile", "steps"})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +44,15 @@ class CellCase:
     batch: int | None = None
     sampler: str | None = None  # of the requests; DPM++ 2M if None
     compile: Compile | None = None  # how the step and the model are compiled; "default" if None
-    max_s: float | None = None
+    steps: int | None = None  # of the requests; [rows]' own if None
+    max_s: float | None = None  # its process is killed then; None: the run's budget alone
 
     def __post_init__(self) -> None:
         for what, known in (("tier", tuple(TIERS)), ("measure", tuple(NEEDS))):
             if getattr(self, what) not in known:
                 raise ValueError(f"{self.name}: expected a {what} of {', '.join(known)}, got {getattr(self, what)!r}")
         given = {
-            name for name in ("geometry", "batch", "sampler", "compile", "max_s") if getattr(self, name) is not None
+            name for name in ("geometry", "batch", "sampler", "compile", "steps") if getattr(self, name) is not None
         }
         needed = NEEDS[self.measure]
         if not needed <= given <= needed | MAY.get(self.measure, frozenset()):
@@ -61,6 +64,10 @@ class CellCase:
             raise ValueError(f"{self.name}: expected a geometry of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
         if self.compile is not None and self.compile not in TREES:
             raise ValueError(f"{self.name}: expected to compile {' or '.join(TREES)}, got {self.compile!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"{self.name}: expected steps >= 1, got {self.steps!r}")
+        if self.max_s is not None and not 0 < self.max_s < math.inf:
+            raise ValueError(f"{self.name}: expected max_s > 0, got {self.max_s!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,7 @@ class GeometryRows:
 
     steps: int
     guidance: float
-    tolerance: float
+    error_ratio: float
     arms: tuple[str, ...]
     compare: tuple[tuple[str, str], ...]  # (base, arm)
 

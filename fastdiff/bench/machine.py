@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +49,19 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
     }
     identity = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:12]
     return {"id": identity, **stable, "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None}
+
+
+def fingerprint_apart(device: torch.device) -> dict[str, Any]:
+    """The same, from a process of its own: this one then holds no context on the GPU, nor memory of it."""
+    code = "import sys, torch; from fastdiff.bench import machine; machine.tell(torch.device(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(device)], check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def tell(device: torch.device) -> None:
+    """Print the fingerprint."""
+    sys.stdout.write(json.dumps(fingerprint(device)) + "\n")
 
 
 def describe(machine: dict[str, Any]) -> str:
@@ -163,7 +178,9 @@ class Nvml:
         if self.reason:
             return None, self.reason
         processes = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
-        used = {one.pid: one.usedGpuMemory for one in processes or ()}
+        if processes is None:
+            return None, "NVML does not list the processes of this device"
+        used = {one.pid: one.usedGpuMemory for one in processes}
         if os.getpid() not in used:
             return None, f"NVML knows no process {os.getpid()}: in a container it has another number outside"
         if used[os.getpid()] is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "fastdiff.memory/1"
 MODES = ("eager", "compiled", "step-graph")
+COMPILE = ("none", "default")
 STEPS = 4  # of each request: rows take what they take from the first on
 ROUNDS = 3  # of requests in the steady phase
 
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="slots (default: 8)")
     parser.add_argument("--mode", choices=MODES, help="default: step-graph on CUDA, eager elsewhere")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="default",
+        help="what is captured: none captures at once (default: default)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -62,6 +69,7 @@ def main(options: argparse.Namespace) -> int:
         "device": options.device,
         "batch": options.batch,
         "mode": mode,
+        "compile": options.compile,
     }
     command = [sys.executable, "-m", "fastdiff.bench.memory", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -78,7 +86,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(model: Path | None, device: str, batch: int, mode: Any) -> dict[str, Any]:
+def measure(model: Path | None, device: str, batch: int, mode: Any, compile: Any) -> dict[str, Any]:
     """All phases, in this process: call it in one that has done nothing yet."""
     import torch
 
@@ -105,7 +113,7 @@ def measure(model: Path | None, device: str, batch: int, mode: Any) -> dict[str,
     del runtime
     ends("warm-up", f"{batch} requests served eagerly, text to pixels, and what libraries keep after that")
 
-    runtime = Runtime(pipe, batch, mode, certify=False)
+    runtime = Runtime(pipe, batch, mode, compile=compile, certify=False)
     with torch.no_grad():
         runtime.steps(batch)
     use = runtime.memory()
@@ -142,6 +150,7 @@ def _phase(name: str, what: str, place: torch.device, nvml: Nvml) -> Phase:
     if place.type != "cuda":
         return host
     torch.cuda.synchronize(place)
+    torch._C._cuda_clearCublasWorkspaces()  # as captures do: what is left must not depend on which came last
     torch.cuda.empty_cache()
     pools, nvml_bytes = pool_bytes(place), nvml.process_bytes()[0]
     held = device_bytes(place)

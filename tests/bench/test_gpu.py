@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +18,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdiff.bench import gpu_suite, selftest
 from fastdiff.bench.arms import cloned_deepcopy
-from fastdiff.bench.gpu import Cell, Journal, add_arguments, cells_of, main, measure_apart, run
-from fastdiff.bench.gpu_arms import Arm, DiffusersRows, Entry, SlotRows, Work, measure_rows
-from fastdiff.bench.gpu_cells import (
-    CUDA_ARMS,
-    NEEDS_CUDA,
-    Settings,
-    read_junit,
-    read_log,
+from fastdiff.bench.gpu import (
+    Cell,
+    Journal,
+    add_arguments,
+    cells_of,
+    code,
+    main,
+    measure,
+    measure_apart,
+    run,
+    wait_for_all,
 )
+from fastdiff.bench.gpu_arms import Arm, DiffusersRows, Entry, ModelAlone, SlotRows, Work, measure_rows
+from fastdiff.bench.gpu_cells import GRAPH_ARMS, NEEDS_CUDA, Settings, read_junit, read_log
 from fastdiff.bench.gpu_report import markdown, outcomes
 from fastdiff.bench.rows import null_model
 from fastdiff.capture import Steps
@@ -45,12 +56,12 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def cell(name: str, *entries: Entry, then: BaseException | None = None) -> Cell:
-    def measure() -> Iterator[Entry]:
+    def entered() -> Iterator[Entry]:
         yield from entries
         if then is not None:
             raise then
 
-    return Cell("A", name, measure)
+    return Cell("A", name, entered)
 
 
 NOTE = {"kind": "note", "value": 0.1 + 0.2}
@@ -71,7 +82,7 @@ def test_a_cut_in_the_middle_of_a_cell_loses_nothing_and_the_next_run_goes_on_th
     before = len(journal.read())
     run([cells[0], cell("two", NOTE), cells[2]], journal)
     assert outcomes(journal.read()) == {"one": "ok", "two": "ok", "three": "ok"}
-    assert [one["cell"] for one in journal.read()[before:] if one["event"] == "start"] == ["two", "three"]
+    assert [one["cell"] for one in journal.read()[before:] if one["event"] == "start"] == ["three", "two"]
 
 
 def test_a_cell_that_raises_is_journalled_and_tried_again_by_the_next_run(journal: Journal) -> None:
@@ -103,14 +114,39 @@ def test_what_json_cannot_hold_is_an_error_of_the_cell_that_says_it(journal: Jou
 # Order, and what is left
 
 
+def test_what_failed_or_was_cut_comes_after_what_was_not_reached_and_alone_if_asked_for(journal: Journal) -> None:
+    cells = [cell("one", then=RuntimeError("red")), cell("two", NOTE), cell("three", NOTE)]
+    run(cells[:2], journal)
+    before = len(journal.read())
+    run(cells, journal)
+    assert [one["cell"] for one in journal.read()[before:] if one["event"] == "start"] == ["three", "one"]
+    run(cells[1:2], journal, again=True)
+    assert [one["cell"] for one in journal.read() if one["event"] == "start"][-1] == "two"
+
+
+def test_a_cell_is_given_its_own_limit_or_what_is_left(journal: Journal) -> None:
+    limits = []
+
+    def apart(one: Cell, journal: Journal, limit_s: float) -> None:
+        limits.append(limit_s)
+        measure(one, journal)
+
+    run([replace(cell("one"), max_s=5.0), replace(cell("two"), max_s=500.0)], journal, 60.0, apart)
+    assert limits[0] == 5.0
+    assert 0 < limits[1] < 60
+
+
 def test_cells_come_by_tier_and_every_geometry_at_its_cheapest_first() -> None:
     settings = Settings(torch.device("cpu"), True, Path())
     every = cells_of("CBA", settings)
     assert [one.tier for one in every] == sorted(one.tier for one in every)
     assert len({one.name for one in every}) == len(every)
     names = [one.name for one in every]
-    assert names[:5] == ["CUDA tests", "ceilings", "null model x 1", "null model x 4", "null model x 8"]
-    assert names[5:9] == ["sd15-512 x 1", "dit-xl-256 x 1", "sd15-512 x 8", "dit-xl-256 x 8"]
+    assert names[:5] == ["CUDA tests", "ceilings", "null model x 1", "dit-xl-256 x 1", "sd15-512 x 1"]
+    assert names[5:9] == ["null model x 8", "dit-xl-256 x 8", "sd15-512 x 8", "null model x 4"]
+    assert names[9:11] == ["dit-xl-256 x 4", "sd15-512 x 4"]
+    assert names[-2:] == [f"{name} x 1, max-autotune-no-cudagraphs" for name in ("dit-xl-256", "sd15-512")]
+    assert all(one.max_s < 600 for one in every)  # none may hang for as long as a run takes
     assert [one.name for one in cells_of("B", settings)] == [one.name for one in every if one.tier == "B"]
 
 
@@ -132,7 +168,8 @@ def test_cells_that_the_budget_does_not_reach_are_listed(tmp_path: Path, capsys:
     [
         (("--tier", "D"), "expected A, B, C or several of them, got 'D'"),
         (("--budget-s", "0"), "expected seconds > 0, got '0'"),
-        (("--device", "cpu", "--cell", "nothing"), "--cell: expected a name that --list --tier ABC shows"),
+        (("--device", "cpu", "--tiny", "--cell", "nothing"), "--cell: expected a name that --list --tier ABC shows"),
+        (("--device", "cpu"), "expected a CUDA device for real geometries; on a CPU add --tiny"),
     ],
 )
 def test_bad_arguments(
@@ -145,10 +182,13 @@ def test_bad_arguments(
 
 
 def test_a_journal_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--device", "cpu", "--budget-s", "1e-9", "--out", str(tmp_path))
-    main(parsed(*options, "--tiny"))
+    options = parsed("--device", "cpu", "--tiny", "--budget-s", "1e-9", "--out", str(tmp_path))
+    main(options)
+    journal = Journal(tmp_path / "journal.jsonl")
+    (begun,) = journal.read()
+    journal.append(**begun | {"settings": begun["settings"] | {"torch": "1.0"}})
     with pytest.raises(SystemExit):
-        main(parsed(*options))
+        main(options)
     assert "name another folder" in capsys.readouterr().err
 
 
@@ -163,7 +203,47 @@ def test_a_process_that_dies_is_journalled_as_that(journal: Journal) -> None:
     out = str(journal.path.parent)
     measure_apart(parsed("--device", "cpu", "--tiny", "--out", out), cell("none of that name"), journal, 120.0)
     (end,) = journal.read()
-    assert (end["status"], end["reason"]) == ("failed", "its process ended with code 2")
+    assert (end["status"], end["reason"]) == ("failed", "its process ended with code 1")
+
+
+def test_a_run_that_is_ended_journals_the_cell_that_it_was_in(journal: Journal) -> None:
+    former = signal.signal(signal.SIGALRM, lambda *_: sys.exit(4))  # as `main` does of SIGTERM
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    out = str(journal.path.parent)
+    try:
+        with pytest.raises(SystemExit):
+            measure_apart(parsed("--device", "cpu", "--tiny", "--out", out), cell("null model x 8"), journal, 120.0)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    end = journal.read()[-1]
+    assert (end["event"], end["status"], end["reason"]) == ("end", "cut", "the run ended in it")
+
+
+@pytest.mark.parametrize(("ends", "limit_s", "expected"), [("sys.exit(3)", 60.0, 3), ("time.sleep(60)", 2.0, None)])
+def test_nothing_that_a_process_started_outlives_it(
+    ends: str, limit_s: float, expected: int | None, tmp_path: Path
+) -> None:
+    left = tmp_path / "pid"
+    program = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(left)!r}).write_text(str(child.pid))\n"
+        f"{ends}\n"
+    )
+    assert wait_for_all([sys.executable, "-c", program], limit_s) == expected
+    for _ in range(100):  # until its new parent has noticed
+        if not running(int(left.read_text())):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child lives on")
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 # Parity comes before time
@@ -171,7 +251,7 @@ def test_a_process_that_dies_is_journalled_as_that(journal: Journal) -> None:
 
 def small_work(samplers: tuple[str, ...] = ("Euler", "UniPCMultistep")) -> Work:
     first = torch.randn(len(samplers), 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    work = Work(samplers, 6, Inputs(first, torch.ones(2), {}, torch.ones(2)), 1e-4)
+    work = Work(samplers, 6, Inputs(first, torch.ones(2), {}, torch.ones(2)), tolerance=1e-4)
     work.settle(DiffusersRows("cloned-deepcopy", work, cloned_deepcopy, None))
     return work
 
@@ -229,15 +309,43 @@ def test_one_scheduler_for_all_is_right_while_they_sample_alike() -> None:
     assert [arm["status"] for arm in entry["arms"].values()] == ["ok", "ok"]
 
 
+def test_an_arm_may_err_twice_as_much_as_the_usual_one() -> None:
+    """All of them against a reference of more digits."""
+    samplers, first = ("DPMSolverMultistep",), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def work_of(sample: Tensor) -> Work:
+        return Work(samplers, 6, Inputs(sample, torch.ones(1), {}, torch.ones(1)))
+
+    work = work_of(first.bfloat16())
+    usual = DiffusersRows("usual", work, cloned_deepcopy, null_model)
+    work.settle(DiffusersRows("float32", work_of(first.bfloat16().float()), cloned_deepcopy, null_model))
+    work.allow(2.0, usual)
+    usual.start()
+    usual.run(work.steps)
+    assert 1e-4 < work.tolerance == 2 * usual.error() < 0.1
+    coarse = DiffusersRows("coarse", work, cloned_deepcopy, lambda sample, *_: sample * (1 + 4 * work.tolerance))
+    arms = measure_rows([usual, coarse], work, [], RULE)["arms"]
+    assert [arm["status"] for arm in arms.values()] == ["ok", "INVALID"]
+
+
+def test_a_model_alone_is_held_against_its_own_output() -> None:
+    work = small_work()
+    expected = null_model(*work.inputs)
+    alone = ModelAlone(lambda sample, *_: sample * 1.01, work.inputs, expected, 0.02)
+    alone.run(1)
+    assert alone.error() == pytest.approx(0.01, rel=1e-3)
+    assert measure_rows([alone], work, [], RULE)["arms"]["model/graph"]["status"] == "ok"  # by its own tolerance
+
+
 # The page
 
 
 def records_of(name: str, *entries: Entry, status: str = "ok", tiny: bool = False) -> list[dict[str, Any]]:
     planned = [{"tier": "A", "cell": name}, {"tier": "B", "cell": "never begun"}]
-    settings = {"device": "cuda", "tiny": tiny}
+    run_of = {"settings": {"device": "cuda", "tiny": tiny}, "machine": "a machine", "commit": "c0ffee"}
     return [
-        {"event": "run", "at": "today", "settings": settings, "machine": "a machine", "cells": planned},
-        {"event": "start", "cell": name},
+        {"event": "run", "at": "today", **run_of, "cells": planned},
+        {"event": "start", "cell": name, "code": "a"},
         *({"event": "entry", "cell": name, "entry": entry} for entry in entries),
         {"event": "end", "cell": name, "status": status, "reason": None, "seconds": 12.0},
     ]
@@ -331,6 +439,28 @@ def test_cells_that_never_began_or_did_not_end_well_are_on_the_page() -> None:
     assert "| tensorized/compiled | 40 s |" in page  # what was measured before the cut
 
 
+def test_a_cell_that_was_cut_earlier_than_before_keeps_what_it_had_unless_the_code_changed() -> None:
+    first, second = (records_of("sd15-512 x 1", *entries, status="cut") for entries in (made_up(), made_up()[:1]))
+    assert "paid back" in markdown(first + second)
+    assert "## sd15-512 x 1 (cut, 12 s)" in markdown(first + second)
+    second[1]["code"] = "b"
+    page = markdown(first + second)
+    assert "paid back" not in page
+    assert "| tensorized/compiled | 40 s |" in page
+    well = records_of("sd15-512 x 1", *made_up()[:1])
+    assert outcomes(first + well) == outcomes(well + first) == {"sd15-512 x 1": "ok"}
+
+
+def test_cells_of_different_code_say_so() -> None:
+    one, other = records_of("sd15-512 x 1", *made_up()), records_of("dit-xl-256 x 1", *made_up())
+    assert "code a" not in markdown(one + other)
+    other[1]["code"] = "b"
+    page = markdown(one + other)
+    assert "## sd15-512 x 1 (ok, 12 s, code a)" in page
+    assert "## dit-xl-256 x 1 (ok, 12 s, code b)" in page
+    assert len(code()) == 12
+
+
 def test_pools_are_held_against_the_largest_batch_and_tiny_figures_say_what_they_are() -> None:
     size = {"compile_s": 0, "warm_up_s": 0.1, "capture_s": 0.2, "torch_bytes": 0, "driver_bytes": 50 * 2**20}
     graphs = {
@@ -372,37 +502,69 @@ def test_of_tests_that_ran_out_of_time_the_log_tells_how_far_they_came() -> None
 # All of it
 
 
-def test_tier_a_on_a_cpu_and_a_second_run_that_finds_nothing_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of cell that a CPU can go through the cheapest."""
+    names = ("CUDA tests", "ceilings", "null model x 4", "dit-xl-256 x 1", "self-test")
+    own = gpu_suite.load()
+    own = replace(
+        own,
+        null_model=replace(own.null_model, samplers=("Euler", "UniPCMultistep")),
+        cell=tuple(replace(case, tier="A") for case in own.cell if case.name in names),
+    )
+    monkeypatch.setattr(gpu_suite, "load", lambda: own)
+    monkeypatch.setattr(selftest, "TRIAL_S", 0.0)
+
+
+def test_a_run_on_a_cpu_and_a_second_one_that_finds_nothing_to_do(
+    shorter: None, one_thread: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--device", "cpu", "--tiny", "--out", str(tmp_path))
     assert main(parsed(*options)) == 0
     page = capsys.readouterr().out
     journal = Journal(tmp_path / "journal.jsonl")
-    ended = outcomes(journal.read())
-    assert {name for name, status in ended.items() if status == "unsupported"} == {"CUDA tests", "ceilings"}
-    assert {name for name, status in ended.items() if status == "ok"} == {
-        "null model x 1", "null model x 4", "null model x 8", "sd15-512 x 1", "dit-xl-256 x 1", "sd15-512 x 8",
-        "dit-xl-256 x 8",
+    assert outcomes(journal.read()) == {
+        "CUDA tests": "unsupported", "ceilings": "unsupported", "dit-xl-256 x 1": "ok", "null model x 4": "ok",
+        "self-test": "ok",
     }  # fmt: skip
     entries = [one["entry"] for one in journal.read() if one["event"] == "entry"]
+    built = [entry["arm"] for entry in entries if entry["kind"] == "built"]
+    compiled = ["tensorized/compiled", "cloned-deepcopy/compiled", "cloned-deepcopy/reduce-overhead"]
+    assert sorted(built) == sorted([*compiled, "tensorized/compiled"])
     rows = [entry for entry in entries if entry["kind"] == "rows"]
-    assert len(rows) == 4 + 5 + 5 + 4
     for entry in rows:
         assert {name for name, arm in entry["arms"].items() if arm["status"] == "INVALID"} == set()
-        assert all(entry["arms"][name] == {"status": "unsupported", "reason": NEEDS_CUDA} for name in CUDA_ARMS)
-        timed = [name for name, arm in entry["arms"].items() if arm["status"] == "ok"]
-        assert "tensorized/eager" in timed
-        assert all(min(entry["arms"][name]["row_s"]) > 0 for name in timed)
+        assert all(min(arm["row_s"]) > 0 for arm in entry["arms"].values() if arm["status"] == "ok")
+        assert all(set(pair) <= entry["arms"].keys() for pair in entry["pairs"])
+    null = [entry for entry in rows if entry["model"] == "null model"]
+    stages = [
+        {name for name, arm in entry["arms"].items() if arm["status"] == "ok"}
+        for entry in rows
+        if entry["model"] == "tiny-dit-xl-256"
+    ]
+    assert [entry["samplers"] for entry in null] == [
+        ["Euler"] * 4, ["UniPCMultistep"] * 4, ["Euler", "UniPCMultistep"] * 2,
+    ]  # fmt: skip
+    for entry in null:
+        assert entry["arms"]["tensorized/compiled"]["status"] == "ok"
+        assert all(entry["arms"][name] == {"status": "unsupported", "reason": NEEDS_CUDA} for name in GRAPH_ARMS)
+    eager = "cloned-deepcopy/eager"
+    assert stages == [
+        {eager, "tensorized/eager"}, {eager, "cloned-deepcopy/compiled", "tensorized/compiled"},
+        {eager, "cloned-deepcopy/reduce-overhead"},
+    ]  # fmt: skip
     assert json.loads((tmp_path / "machine.json").read_text())["gpu"] is None
     assert (tmp_path / "report.md").read_text() == page == markdown(journal.read())
+    assert "two arms of the same code differ by" in page
 
     begun = sum(one["event"] == "start" for one in journal.read())
     assert main(parsed(*options)) == 0
     assert sum(one["event"] == "start" for one in journal.read()) == begun
+    assert main(parsed(*options, "--cell", "ceilings")) == 0
+    assert [one["cell"] for one in journal.read() if one["event"] == "start"][begun:] == ["ceilings"]
     capsys.readouterr()
     main(parsed(*options, "--list"))
-    assert "A  ok          dit-xl-256 x 8" in capsys.readouterr().out
+    assert "A  ok          dit-xl-256 x 1" in capsys.readouterr().out
 
 
 # CUDA

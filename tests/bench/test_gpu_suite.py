@@ -11,7 +11,7 @@ import torch
 
 from fastdiff.bench import gpu_suite
 from fastdiff.bench.gpu import cells_of
-from fastdiff.bench.gpu_cells import CUDA_ARMS, MEASURES, Settings
+from fastdiff.bench.gpu_cells import GRAPH_ARMS, MEASURES, Settings
 from fastdiff.bench.gpu_suite import ARMS, NEEDS, NULL_ARMS, TIERS, load, parse
 from fastdiff.bench.suite import find
 from fastdiff.models.geometries import GEOMETRIES
@@ -27,7 +27,7 @@ def test_the_suite_that_ships_names_samplers_arms_and_cells_that_there_are() -> 
     assert all(scheduler_class(name) for name in samplers)
     assert {cell.tier for cell in suite.cell} == set(TIERS)
     assert {cell.measure for cell in suite.cell} == MEASURES.keys() == NEEDS.keys()
-    assert set(CUDA_ARMS) < set(suite.rows.arms) & set(suite.null_model.arms)
+    assert set(GRAPH_ARMS) < set(suite.rows.arms) & set(suite.null_model.arms)
     assert (set(suite.rows.arms), set(suite.null_model.arms)) == (set(ARMS), set(NULL_ARMS))
 
 
@@ -61,6 +61,8 @@ CELL = {"tier": "A", "name": "c", "measure": "rows", "geometry": "sd15-512", "ba
         ({"cell": [{**CELL, "geometry": "sd15"}]}, "c: expected a geometry of .*sd15-512.*, got 'sd15'"),
         ({"cell": [{**CELL, "compile": "none"}]}, "c: expected to compile default or max-autotune-.*, got 'none'"),
         ({"cell": [{**CELL, "measure": "graphs"}]}, "c: expected the keys geometry for 'graphs', got batch, geometry"),
+        ({"cell": [{**CELL, "max_s": 0}]}, "c: expected max_s > 0, got 0"),
+        ({"cell": [{**CELL, "steps": 0}]}, "c: expected steps >= 1, got 0"),
         (
             {"cell": [{"tier": "A", "name": "c", "measure": "rows"}]},
             "c: expected the keys batch, geometry .*, got none",

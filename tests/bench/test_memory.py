@@ -51,7 +51,7 @@ def test_digits_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_graphs_without_cuda_are_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--batch", "1", "--mode", "step-graph") == 4
+    assert run("--batch", "1", "--mode", "step-graph", "--compile", "none") == 4
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -97,7 +97,7 @@ def test_the_page_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.cuda
 def test_digits_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--device", "cuda", "--batch", "2", "--json") == 0
+    assert run("--device", "cuda", "--batch", "2", "--compile", "none", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["device"] == torch.cuda.get_device_name()
     assert report["graph_bytes"].keys() == {"1", "2"}
