@@ -6,18 +6,14 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,47 +21,47 @@ import torch
 from fastdiff.bench import canary, machine, selftest, suite
 from fastdiff.bench.arguments import device, refuse
 from fastdiff.bench.cells import IMAGE_TOLERANCE, ROW_TOLERANCE
+from fastdiff.bench.files import write
+from fastdiff.bench.sides import (
+    SIDES,
+    Bench,
+    Process,
+    Work,
+    ask_both,
+    check_dependencies,
+    in_turn,
+    resolve,
+    uncommitted,
+    worktrees,
+)
 from fastdiff.bench.stats import pairs_needed, ratio
-from fastdiff.bench.verdict import DELTA, Judgement, judge_processes
+from fastdiff.bench.verdict import DELTA, WIDTH, Judgement, judge_processes
 
 SCHEMA = "fastdiff.ab/1"
 LEVEL = 0.99  # for all looks together
 LEAST_PROCESSES = 6
+LOOKS = (6, 10, 16, 24, 36)  # a sound case is done by the third; the others are for what is neither clear nor nothing
 BLOCK_S = 0.02
-CANARY_ROUNDS = 15  # of three blocks, in each pair of processes: a second beside ten or so of start and cases
-MARGIN = 1.5  # times the slowdown that counts, which the machine's grade says: the width that counts as no change
+CANARIES = tuple(Work(name, "canary", max_s=0.6) for name in canary.NAMES)  # beside ten seconds of start and cases
 TOLERANCES = {"row": ROW_TOLERANCE, "image": IMAGE_TOLERANCE}
-SIDES = ("base", "head")
-WORKER = Path(__file__).with_name("worker.py")
 
 
-class Revision(NamedTuple):
-    """One side of a comparison."""
+class Gate(NamedTuple):
+    """What the machine's grade says: the slowdown that counts, and why no times are taken, if they are not."""
 
-    ref: str
-    commit: str
-
-
-class Work(NamedTuple):
-    """A case in one mode, by the name that a worker knows it by."""
-
-    name: str
-    kind: str  # row or image
-    max_s: float
-
-
-class CannotMeasure(Exception):
-    """What a worker could not do, and why."""
+    delta: float
+    grade: str
+    why_no_times: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--base, --head and how much to measure."""
     parser.add_argument("--base", required=True, metavar="REF", help="the commit to compare with")
     parser.add_argument("--head", default="HEAD", metavar="REF", help="the commit in question (default: HEAD)")
-    parser.add_argument("-k", default="", metavar="EXPR", help="only cases with this in their name")
+    parser.add_argument("-k", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument(
-        "--processes", type=looks, default=(6, 10, 16), metavar="N,N,..",
-        help="process pairs after which to look (default: 6,10,16)",
+        "--processes", type=looks, default=LOOKS, metavar="N,N,..",
+        help=f"process pairs after which to look (default: {','.join(map(str, LOOKS))})",
     )  # fmt: skip
     parser.add_argument("--deterministic", action="store_true", help="results and counts alone, no times")
     parser.add_argument("--suite", default="ab", metavar="NAME", help="a suite of bench/, or a file (default: ab)")
@@ -86,9 +82,8 @@ def main(options: argparse.Namespace) -> int:
     report = compare(options)
     text = markdown(report)
     place = Path("reports", "runs", time.strftime("%Y%m%d-%H%M%S-ab"))
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "ab.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (place / "ab.md").write_text(text, encoding="utf-8")
+    write(place / "ab.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write(place / "ab.md", text)
     sys.stdout.write(text)
     sys.stderr.write(f"wrote {place / 'ab.md'}\n")
     return exit_code(report)
@@ -105,34 +100,36 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         refuse(f"-k {options.k}: expected part of one of {'; '.join(one.name for one in works(chosen))}")
     revisions = {side: resolve(ref) for side, ref in zip(SIDES, (options.base, options.head), strict=True)}
     check_dependencies(*revisions.values())
-    if options.head == "HEAD" and git("status", "--porcelain", "--untracked-files=no"):
-        _say("what is not committed is on neither side")
     torch.set_num_threads(chosen.threads)
     taken_on = machine.fingerprint(torch.device(options.device))
-    delta, why_no_times = _gate(taken_on["id"], options.deterministic)
+    gate = _gate(taken_on, options.deterministic)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fastdiff-ab-") as folder, worktrees(revisions, Path(folder)) as trees:
         bench = Bench(trees, Path(folder), document(chosen), options.device, options.seed)
         exact = _compare_exactly(bench, work)
-        sound = [one for one in work if exact["results"].get(one.name, {}).get("right")]
+        sound = [one for one in work if one.name not in exact["failed"] and exact["results"][one.name]["right"]]
         times, known = (
             ({}, None)
-            if why_no_times
-            else _compare_times(bench, sound, chosen.max_pairs, options, delta, exact["failed"])
+            if gate.why_no_times
+            else _compare_times(bench, sound, chosen.max_pairs, options, gate.delta, exact["failed"])
         )
     return {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
         "revisions": {side: revision._asdict() for side, revision in revisions.items()},
-        "settings": {"device": options.device, "seed": options.seed, "suite": options.suite, "delta": delta},
+        "uncommitted": uncommitted(revisions["head"]),
+        "settings": {
+            "device": options.device, "seed": options.seed, "suite": options.suite, "looks": options.processes,
+            "level": _level(options.processes), "delta": gate.delta, "grade": gate.grade,
+        },
         "machine": taken_on,
         **exact,
         "canaries": known,
         "times": times,
-        "why_no_times": why_no_times,
+        "why_no_times": gate.why_no_times,
         "seconds": time.perf_counter() - started,
-    }
+    }  # fmt: skip
 
 
 def exit_code(report: Mapping[str, Any]) -> int:
@@ -147,17 +144,20 @@ def exit_code(report: Mapping[str, Any]) -> int:
     return 4 if report["failed"] else 0
 
 
-def _gate(machine_id: str, deterministic: bool) -> tuple[float, str]:
-    """The slowdown that counts, by the machine's grade; and why no times are taken, if they are not."""
+def _gate(taken_on: Mapping[str, Any], deterministic: bool) -> Gate:
+    """What times of this machine are good for. A self-test that cannot be read is refused."""
     if deterministic:
-        return DELTA, "not asked for (--deterministic)"
-    known = selftest.recorded(machine_id)
+        return Gate(DELTA, "", "not asked for (--deterministic)")
+    try:
+        known = selftest.recorded(taken_on)
+    except ValueError as error:
+        refuse(str(error))
     if known is None:
-        _say("this machine has no grade: `selftest` finds out whether its times mean anything")
-        return DELTA, ""
-    if known["delta"] is None:
-        return DELTA, f"this machine is of grade {known['grade']} ({known['created']}): {known['meaning']}"
-    return known["delta"], ""
+        return Gate(DELTA, "a machine without a grade: `selftest` finds out whether its times mean anything", "")
+    grade = f"grade {known.grade}, by the self-test of {known.created}"
+    if known.delta is None:
+        return Gate(DELTA, grade, f"this machine is of {grade}: {known.meaning}")
+    return Gate(known.delta, grade, "")
 
 
 # The suite
@@ -185,160 +185,6 @@ def document(chosen: suite.Suite) -> dict[str, Any]:
     return {"threads": chosen.threads, "row_max_s": chosen.row_max_s, **cases}
 
 
-# Git
-
-
-def git(*arguments: str) -> str:
-    """What git prints; its own words and exit code 2 where it refuses."""
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        refuse(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def resolve(ref: str) -> Revision:
-    """A ref and the commit that it names now."""
-    asked = ["git", "rev-parse", "--quiet", "--verify", "--end-of-options", f"{ref}^{{commit}}"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    if not commit:
-        refuse(f"expected a branch, tag or commit of this repository, got {ref!r}")
-    return Revision(ref, commit)
-
-
-def check_dependencies(base: Revision, head: Revision) -> None:
-    """Both sides run on the packages that are installed: refuse revisions that ask for different ones."""
-    for name, read in (("pyproject.toml", _dependencies), ("constraints.txt", str)):
-        wanted = [read(git("show", f"{revision.commit}:{name}")) for revision in (base, head)]
-        if wanted[0] != wanted[1]:
-            refuse(
-                f"{name}: {base.ref} and {head.ref} want different packages, and both would run on the installed ones; "
-                f"make an environment for each and compare two runs instead: python -m fastdiff.bench compare"
-            )
-
-
-def _dependencies(text: str) -> Any:
-    project = tomllib.loads(text)["project"]
-    return project.get("dependencies"), project.get("optional-dependencies", {}).get("bench")
-
-
-@contextmanager
-def worktrees(revisions: Mapping[str, Revision], folder: Path) -> Iterator[dict[str, Path]]:
-    """A checkout of each, gone again afterwards, whatever happens meanwhile."""
-    trees = {side: folder / side for side in revisions}
-    try:
-        for side, revision in revisions.items():
-            git("worktree", "add", "--quiet", "--detach", str(trees[side]), revision.commit)
-        yield trees
-    finally:
-        for tree in trees.values():
-            if tree.exists():
-                git("worktree", "remove", "--force", str(tree))
-
-
-# Processes
-
-
-class Bench(NamedTuple):
-    """What a pair of processes is started from."""
-
-    trees: Mapping[str, Path]
-    folder: Path
-    suite: Mapping[str, Any]
-    device: str
-    seed: int
-
-    @contextmanager
-    def pair(self, sides: Sequence[str] = SIDES) -> Iterator[dict[str, Process]]:
-        """One process of each side, alive together."""
-        with ExitStack() as stack:
-            pair = {side: stack.enter_context(Process(self, side)) for side in sides}
-            for process in pair.values():
-                process.start()
-            yield pair
-
-
-class Process:
-    """One side, in a process of its own that runs `worker.py` on that side's worktree."""
-
-    def __init__(self, bench: Bench, side: str) -> None:
-        self.side = side
-        self._tree, self._log = bench.trees[side].resolve(), bench.folder / f"{side}.log"
-        self._task = {"suite": bench.suite, "device": bench.device, "seed": bench.seed}
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(self._tree),
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": str(bench.suite["threads"]),
-            "TORCHINDUCTOR_CACHE_DIR": str(bench.folder / f"inductor-{side}"),  # warm from the second pair on
-        }
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER)],  # -P: not its folder, which has a profile.py
-                cwd=self._tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                start_new_session=True,  # Ctrl-C is for this process, which ends that one
-            )  # fmt: skip
-        self.tell("start", self._task)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()  # it holds nothing that it would have to save
-        self._process.communicate()
-
-    def start(self) -> None:
-        """Wait until it is ready."""
-        imported = Path(self.answer())
-        if not imported.is_relative_to(self._tree):
-            raise CannotMeasure(f"{self.side}: expected fastdiff from {self._tree}, got {imported}")
-
-    def tell(self, name: str, *arguments: Any) -> None:
-        """Ask for something, and do not wait for it."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death() from None
-
-    def answer(self) -> Any:
-        """What it says to the oldest question."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._death()
-        answer = json.loads(line)
-        if "error" in answer:
-            raise CannotMeasure(f"{self.side}: {answer['error']}")
-        return answer["value"]
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Ask, and wait for the answer."""
-        self.tell(name, *arguments)
-        return self.answer()
-
-    def _death(self) -> CannotMeasure:
-        last = (self._log.read_text(errors="replace").strip().splitlines() or ["it left no message"])[-1]
-        return CannotMeasure(f"{self.side}: the process ended: {last}")
-
-
-def _of_both(pair: Mapping[str, Process], name: str, arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """One question to both at once: for what no clock measures."""
-    for side, process in pair.items():
-        process.tell(name, *arguments[side])
-    answers, failures = {}, []
-    for side, process in pair.items():
-        try:
-            answers[side] = process.answer()
-        except CannotMeasure as error:
-            failures.append(str(error))
-    if failures:
-        raise CannotMeasure("; ".join(failures))
-    return answers
-
-
 # Results and counts
 
 
@@ -347,23 +193,18 @@ def _compare_exactly(bench: Bench, work: Sequence[Work]) -> dict[str, Any]:
     from fastdiff.bench import gates
 
     figures: dict[str, dict[str, int]] = {side: {} for side in SIDES}
-    results, failed = {}, {}
+    results: dict[str, dict[str, Any]] = {}
+
+    def measure(pair: Mapping[str, Process], one: Work) -> None:
+        files = {side: [one.name, str(bench.folder / f"{side}.npy")] for side in SIDES}
+        ask_both(pair, "outputs", files)
+        results[one.name] = _parity(one, *(np.load(files[side][1]) for side in SIDES))
+        counted = ask_both(pair, "figures", {side: [one.name] for side in SIDES})
+        for side in SIDES:
+            figures[side] |= {f"{name}: {one.name}": value for name, value in counted[side].items()}
+
     _say("results and counts")
-    try:
-        with bench.pair() as pair:
-            for one in work:
-                try:
-                    files = {side: [one.name, str(bench.folder / f"{side}.npy")] for side in SIDES}
-                    _of_both(pair, "outputs", files)
-                    results[one.name] = _parity(one, *(np.load(files[side][1]) for side in SIDES))
-                    counted = _of_both(pair, "figures", {side: [one.name] for side in SIDES})
-                except CannotMeasure as error:
-                    failed[one.name] = str(error)
-                    continue
-                for side in SIDES:
-                    figures[side] |= {f"{name}: {one.name}": value for name, value in counted[side].items()}
-    except CannotMeasure as error:
-        failed = {one.name: str(error) for one in work}
+    failed = in_turn(bench, SIDES, work, lambda pair: None, measure)
     changes = [asdict(change) for change in gates.compare(figures["head"], figures["base"])]
     return {"results": results, "figures": figures, "changes": changes, "failed": failed}
 
@@ -393,45 +234,58 @@ def _compare_times(
     """Every case until it is decided, or after the last look; those that fail on the way go into `failed`.
 
     The level is split among the looks, so that looking early costs no false alarm. The canaries go along in every pair
-    of processes; there are none where too few pairs were made to judge anything.
+    of processes and are judged at every look: one that is undecided then gets more pairs, as a case does.
     """
-    level = 1 - (1 - LEVEL) / len(options.processes)
-    order = np.random.default_rng(options.seed)
-    log_ratios: dict[str, list[float]] = {one.name: [] for one in work}
-    canaries: dict[str, list[float]] = {name: [] for name in canary.PROCESSES}
-    canary_s = 0.0
+    order, nvml = np.random.default_rng(options.seed), machine.Nvml(torch.device(options.device))
+    log_ratios: dict[str, list[float]] = {one.name: [] for one in (*CANARIES, *work)}
+    clocks: dict[str, Counter[str]] = {one.name: Counter() for one in work}
+    canaries, undecided = list(CANARIES), list(work)
     judged: dict[str, Judgement] = {}
-    undecided = list(work)
+    vouched: dict[str, Judgement] = {}
+    canary_s = 0.0
+
+    def judge(name: str) -> Judgement:
+        return judge_processes(log_ratios[name], level=_level(options.processes), delta=delta)
+
+    def settle(pair: Mapping[str, Process]) -> None:
+        for process in pair.values():
+            process.ask("settle", _core(number))
+
+    def measure(pair: Mapping[str, Process], one: Work) -> None:
+        nonlocal canary_s
+        _say(f"process pair {number} of {options.processes[-1]} at most: {one.name}")
+        started = time.perf_counter()
+        log_ratios[one.name].append(_log_ratio(pair, one, block_pairs, order))
+        if one.kind == "canary":
+            canary_s += time.perf_counter() - started
+        elif state := nvml.state():  # both sides have a context on the device, and neither is foreign
+            clocks[one.name].update(replace(state, foreign_processes=None).flags)
+
     for number in range(1, options.processes[-1] + 1):
-        if not undecided:
-            break
-        try:
-            with bench.pair(SIDES[:: 1 if number % 2 else -1]) as pair:  # each is as often the first to start
-                for process in pair.values():
-                    process.ask("settle", _core(number))
-                started = time.perf_counter()
-                for name, log_ratio in _canary_log_ratios(pair, order).items():
-                    canaries[name].append(log_ratio)
-                canary_s += time.perf_counter() - started
-                for one in undecided:
-                    _say(f"process pair {number} of {options.processes[-1]} at most: {one.name}")
-                    log_ratios[one.name].append(_log_ratio(pair, one, block_pairs, order))
-        except CannotMeasure as error:
-            failed.update({one.name: str(error) for one in undecided})
-            break
+        sides = SIDES[:: 1 if number % 2 else -1]  # each is as often the first to start
+        failed |= in_turn(bench, sides, [*canaries, *undecided], settle, measure)
+        canaries, undecided = ([one for one in some if one.name not in failed] for some in (canaries, undecided))
         if number in options.processes:
-            for one in undecided:
-                judged[one.name] = judge_processes(
-                    log_ratios[one.name], level=level, delta=delta, margin=MARGIN * delta
-                )
+            judged |= {one.name: judge(one.name) for one in undecided}
             undecided = [one for one in undecided if judged[one.name].verdict == "INCONCLUSIVE"]
-    times = {
-        name: {"judgement": asdict(judgement), "log_ratios": log_ratios[name]} for name, judgement in judged.items()
-    }
+            vouched = {one.name: judge(one.name) for one in CANARIES}
+        settled = not judged or all(one.verdict != "INCONCLUSIVE" for one in vouched.values())
+        if not undecided and settled:
+            break
     if not judged:
-        return times, None
-    known = canary.judged_processes(canaries, delta=delta, margin=MARGIN * delta)
-    return _distrusted(times, known["doubt"]), {**known, "seconds": canary_s}
+        return {}, None
+    doubt = canary.doubt(vouched["a_a"], vouched["slower_10_percent"])
+    times = {
+        name: {"judgement": asdict(one), "log_ratios": log_ratios[name], "clocks": dict(clocks[name])}
+        for name, one in judged.items()
+    }
+    known = {name: {"judgement": asdict(one), "log_ratios": log_ratios[name]} for name, one in vouched.items()}
+    return _distrusted(times, doubt), {"doubt": doubt, "seconds": canary_s, **known}
+
+
+def _level(looks: Sequence[int]) -> float:
+    """That of one look's intervals."""
+    return 1 - (1 - LEVEL) / len(looks)
 
 
 def _distrusted(times: Mapping[str, Any], doubt: str) -> dict[str, Any]:
@@ -449,30 +303,33 @@ def _core(number: int) -> int | None:
 
 
 def _log_ratio(pair: Mapping[str, Process], work: Work, block_pairs: int, order: np.random.Generator) -> float:
-    """One process pair's number: ln(head / base), the Hodges-Lehmann estimate of its blocks, which took turns."""
-    warm_s = max(process.ask("block", work.name, 1) for process in pair.values())
-    repeats = max(1, math.ceil(BLOCK_S / warm_s))
+    """One process pair's number: ln(head / base), the Hodges-Lehmann estimate of its blocks, which took turns.
+
+    A canary's blocks take turns as a case's do, so that being the next in turn costs both sides of either the same.
+    """
+    block = _canary_block(pair, work) if work.kind == "canary" else _block(pair, work)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     started = time.perf_counter()
     for done in range(block_pairs):
         if done >= pairs_needed(LEVEL) and time.perf_counter() - started > work.max_s:
             break
         for index in order.permutation(len(SIDES)):
-            times[SIDES[index]].append(pair[SIDES[index]].ask("block", work.name, repeats))
+            side = SIDES[index]
+            times[side].append(pair[side].ask(*block[side]))
     return math.log(ratio(times["head"], times["base"], LEVEL).value)
 
 
-def _canary_log_ratios(pair: Mapping[str, Process], order: np.random.Generator) -> dict[str, float]:
-    """One process pair's number for each canary: work that is none of the revisions', clocked as theirs is."""
+def _block(pair: Mapping[str, Process], work: Work) -> dict[str, tuple[Any, ...]]:
+    """What to ask either side for: a block of a case, long enough for a clock."""
+    warm_s = max(process.ask("block", work.name, 1) for process in pair.values())
+    return dict.fromkeys(SIDES, ("block", work.name, max(1, math.ceil(BLOCK_S / warm_s))))
+
+
+def _canary_block(pair: Mapping[str, Process], work: Work) -> dict[str, tuple[Any, ...]]:
+    """The same of work that is none of the revisions', and on purpose a tenth more in the head of the slower canary."""
     warm_s = max(min(process.ask("canary", 10) for _ in range(2)) for process in pair.values())
-    tens = max(1, math.ceil(BLOCK_S / warm_s))
-    arms = {"base": ("base", 10 * tens), "a_a": ("head", 10 * tens), "slower_10_percent": ("head", 11 * tens)}
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(CANARY_ROUNDS):
-        for name in order.permutation(list(arms)):
-            side, rows = arms[name]
-            times[name].append(pair[side].ask("canary", rows))
-    return {name: math.log(ratio(times[name], times["base"], LEVEL).value) for name in canary.PROCESSES}
+    repeats = max(1, math.ceil(BLOCK_S / warm_s))
+    return {side: ("canary", rows * repeats) for side, rows in canary.ROWS[work.name].items()}
 
 
 def _say(what: str) -> None:
@@ -496,7 +353,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     known = report["canaries"]
     if known and known["doubt"]:
         lines += [f"- INVALID: no time of this run is to be believed: {known['doubt']}"]
-    lines += [f"- not measured: {name}: {reason}" for name, reason in report["failed"].items()]
+    lines += [f"- not measured: {canary.NAMES.get(name, name)}: {why}" for name, why in report["failed"].items()]
+    if report["uncommitted"]:
+        lines += [f"- on neither side, because no commit has it: {', '.join(report['uncommitted'])}"]
     if report["changes"]:
         lines += ["", "| figure | base | head | verdict |", "| --- | ---: | ---: | --- |"]
         lines += [
@@ -506,19 +365,33 @@ def markdown(report: Mapping[str, Any]) -> str:
     unchanged = len(report["figures"]["head"]) - sum(change["head"] is not None for change in report["changes"])
     lines += ["", f"{unchanged} counted figures are the same in both."]
     if report["times"]:
-        lines += ["", "| time | change | interval | process pairs | verdict |", "| --- | ---: | --- | ---: | --- |"]
-        lines += [_time_line(name, one["judgement"]) for name, one in report["times"].items()]
-        if known:
-            lines += [
-                _time_line(f"canary: {what}", known[name]["judgement"]) for name, what in canary.PROCESSES.items()
-            ]
-        lines += ["", f"A slowdown counts from {report['settings']['delta']:.0%}."]
-        if known:
-            share = known["seconds"] / report["seconds"]
-            lines += [f"Canaries, whose outcome is known, took {known['seconds']:.0f} s, {share:.0%} of the run."]
+        lines += _times(report)
     elif report["why_no_times"]:
         lines += ["", f"No times: {report['why_no_times']}."]
     return "\n".join(lines) + "\n"
+
+
+def _times(report: Mapping[str, Any]) -> Iterator[str]:
+    """The table of times with its canaries, what a verdict means, and what makes a time doubtful."""
+    known, settings = report["canaries"], report["settings"]
+    yield from ("", "| time | change | interval | slowdowns excluded | process pairs | verdict |")
+    yield "| --- | ---: | --- | ---: | ---: | --- |"
+    yield from (_time_line(name, one["judgement"]) for name, one in report["times"].items())
+    yield from (_time_line(f"canary: {what}", known[name]["judgement"]) for name, what in canary.NAMES.items())
+    delta = settings["delta"]
+    yield from (
+        "",
+        f"REGRESSION: slower, the whole interval by more than {delta:.1%}. NO-CHANGE: the whole interval is within "
+        f"{WIDTH * delta:.1%} either way, so that less than that may go unseen. Neither: INCONCLUSIVE. Intervals are "
+        f"at {settings['level']:.1%}, {LEVEL:.0%} for all {len(settings['looks'])} looks together.",
+        f"Those {delta:.1%} are of {settings['grade']}.",
+        f"Canaries, whose outcome is known, took {known['seconds']:.0f} s, "
+        f"{known['seconds'] / report['seconds']:.0%} of the run.",
+    )
+    for name, one in report["times"].items():
+        held = ", ".join(f"{flag} in {count}" for flag, count in one["clocks"].items())
+        if held:
+            yield f"- {name}: clocks were held down, by process pairs: {held}"
 
 
 def _headline(report: Mapping[str, Any], wrong: Mapping[str, str]) -> str:
@@ -528,7 +401,8 @@ def _headline(report: Mapping[str, Any], wrong: Mapping[str, str]) -> str:
     named = [f"{verdicts[word]} {word}" for word in ("INVALID", "REGRESSION", "IMPROVEMENT") if verdicts[word]]
     named += [f"{len(report['failed'])} not measured"] if report["failed"] else []
     inconclusive = f", {verdicts['INCONCLUSIVE']} inconclusive" if verdicts["INCONCLUSIVE"] else ""
-    return (", ".join(named) or "No change") + inconclusive
+    same = len({revision["commit"] for revision in report["revisions"].values()}) == 1
+    return ("A/A, one commit on both sides: " if same else "") + (", ".join(named) or "No change") + inconclusive
 
 
 def _number(value: int | None) -> str:
@@ -537,8 +411,9 @@ def _number(value: int | None) -> str:
 
 def _time_line(name: str, judgement: Mapping[str, Any]) -> str:
     if judgement["change"] is None:
-        return f"| {name} | | | {judgement['pairs']} | {judgement['verdict']}: {judgement['reason']} |"
+        return f"| {name} | | | | {judgement['pairs']} | {judgement['verdict']}: {judgement['reason']} |"
+    excluded = "" if judgement["verdict"] == "INVALID" else f"above {max(0.0, judgement['high']):.1%}"
     return (
-        f"| {name} | {judgement['change']:+.1%} | {judgement['low']:+.1%} to {judgement['high']:+.1%} "
+        f"| {name} | {judgement['change']:+.1%} | {judgement['low']:+.1%} to {judgement['high']:+.1%} | {excluded} "
         f"| {judgement['pairs']} | {judgement['verdict']} |"
     )

@@ -66,22 +66,32 @@ def pieces(suite: Suite, seed: int) -> Iterator[Piece]:
     yield Piece("canaries", "canaries", partial(_canaries, suite=suite, seed=seed), suite.canary_max_s)
 
 
+def choose(pieces: Sequence[Piece], text: str) -> list[Piece]:
+    """Those with `text` in their title; with one that is timed go the canaries, which vouch for its times."""
+    chosen = [piece for piece in pieces if text in piece.title]
+    timed = any(piece.max_s is not None for piece in chosen)
+    return [piece for piece in pieces if piece in chosen or (timed and piece.section == "canaries")]
+
+
 def measure(piece: Piece, row_bench: RowBench, threads: int) -> Entry:
     """One line of the journal: what the piece adds, and what that took.
 
     A piece that cannot run (a sampler without a table, a schedule that diffusers refuses) has its reason instead.
     """
     torch.set_num_threads(threads)
-    compiled, started = set(row_bench.bench.compile_s), time.perf_counter()
+    bench = row_bench.bench
+    compiled, started = set(bench.compile_s), time.perf_counter()
     entries: list[Entry] = []
     reason = None
     try:
         entries += piece.measure(row_bench)
     except Exception as error:  # whatever a sampler raises is the reason
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-    compile_s = {what: seconds for what, seconds in row_bench.bench.compile_s.items() if what not in compiled}
+    new = bench.compile_s.keys() - compiled
     return {
-        "section": piece.section, "title": piece.title, "entries": entries, "reason": reason, "compile_s": compile_s,
+        "section": piece.section, "title": piece.title, "entries": entries, "reason": reason,
+        "compile_s": {what: seconds for what, seconds in bench.compile_s.items() if what in new},
+        "compile_cache": {what: cache for what, cache in bench.compile_cache.items() if what in new},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
@@ -90,15 +100,18 @@ def assemble(suite: Suite, finished: Sequence[Entry]) -> Entry:
     """The sections of a report, from lines of the journal. Pure."""
     sections: dict[str, list[Entry]] = {section: [] for section in SECTIONS}
     compile_s: dict[str, float] = {}
+    compile_cache: dict[str, str] = {}
     for one in finished:
         sections[one["section"]] += one["entries"]
         compile_s = {**one["compile_s"], **compile_s}  # after a resumption a step is compiled again; the first counts
+        compile_cache = {**one["compile_cache"], **compile_cache}
     return {
         **sections,
         **{single: next(iter(sections[single]), None) for single in ("gates", "canaries")},
         "unsupported": [{"what": one["title"], "reason": one["reason"]} for one in finished if one["reason"]],
         **{name: [asdict(one) for one in getattr(suite, name)] for name in ("attribution", "no_gain", "target")},
         "compile_s": compile_s,
+        "compile_cache": compile_cache,
         "seconds": {
             "compile": sum(compile_s.values()),
             "all": sum(one["seconds"] for one in finished),

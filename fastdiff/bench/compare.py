@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastdiff.bench import gates, schema
+from fastdiff.bench import gates, outcome, schema, words
 from fastdiff.bench.arguments import refuse
 from fastdiff.bench.schema import PYTEST_BENCHMARK, BadReport, Report
 from fastdiff.bench.verdict import DELTA
@@ -38,23 +38,24 @@ class Time:
 class Comparison:
     """What two reports say of each other. A reason stands where they cannot be compared, empty where they can."""
 
-    wrong: tuple[str, ...]  # what head answered wrongly
+    wrong: tuple[str, ...]  # what is wrong in head
+    missing: tuple[str, ...]  # what head could not measure, with its reason
     changes: tuple[gates.Change, ...]
     no_figures: str
     times: tuple[Time, ...]
-    missing: tuple[str, ...]  # what base has times of and head has not
+    untimed: tuple[str, ...]  # what base has times of and head has not
     no_times: str
     doubt: str  # of either report's canaries
 
     def exit_code(self, fail_on_time: bool) -> int:
         """3 where head is wrong or nothing can be compared, 1 where anything gated got worse, 4 where head could not
-        measure what gates, else 0."""
+        measure all of it, else 0: no head passes here that `run` fails for a wrong answer or a missing one."""
         if self.wrong or (self.no_times and (self.no_figures or fail_on_time)) or (self.doubt and fail_on_time):
             return 3
-        slower = bool(self.missing) or any(time.hint == "slower" for time in self.times)
+        slower = bool(self.untimed) or any(time.hint == "slower" for time in self.times)
         if any(change.verdict == "REGRESSION" for change in self.changes) or (fail_on_time and slower):
             return 1
-        return 4 if any(change.verdict == "not measured" and change.head is None for change in self.changes) else 0
+        return 4 if self.missing else 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,23 +70,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Compare and print Markdown."""
     try:
-        compared = compare(schema.load(options.base), schema.load(options.head))
+        base, head = (_load(path) for path in (options.base, options.head))
     except BadReport as error:
         refuse(str(error))
+    compared = compare(base, head)
     sys.stdout.write(markdown(compared, str(options.base), str(options.head)))
     return compared.exit_code(options.fail_on_time)
+
+
+def _load(path: Path) -> Report:
+    report = schema.load(path)
+    if report["schema"] == schema.AB:
+        raise BadReport(f"{path}: it is of ab, which has compared already; expected a run's report")
+    return report
 
 
 def compare(base: Report, head: Report) -> Comparison:
     """Everything that both have. Pure."""
     no_figures, no_times = _no_figures(base, head), _no_times(base, head)
+    wrong = outcome.wrong_answers(head) if head["schema"] == schema.SCHEMA else []
     known, new = _benchmarks(base), _benchmarks(head)
     return Comparison(
-        wrong=tuple(_wrong(head)),
+        wrong=tuple(f"{one.case}, {one.arm}: {one.reason}" for one in wrong),
+        missing=_missing(base, head),
         changes=() if no_figures else tuple(gates.compare(head["gates"]["figures"], base["gates"]["figures"])),
         no_figures=no_figures,
         times=() if no_times else tuple(_time(name, known[name], new[name]) for name in known if name in new),
-        missing=() if no_times else tuple(name for name in known if name not in new),
+        untimed=() if no_times else tuple(name for name in known if name not in new),
         no_times=no_times,
         doubt="; ".join(filter(None, (_doubt(base), _doubt(head)))),
     )
@@ -95,11 +106,10 @@ def markdown(compared: Comparison, base: str, head: str) -> str:
     """What is wrong first, what did not change last."""
     lines = [f"# {_headline(compared)}", "", f"{head} against {base}."]
     lines += [f"- INVALID: {one}" for one in compared.wrong]
+    lines += [f"- not measured: {one}" for one in compared.missing]
     if compared.changes:
-        lines += ["", "| figure | base | head | |", "| --- | ---: | ---: | --- |"]
-        lines += [
-            f"| {one.name} | {_number(one.base)} | {_number(one.head)} | {one.verdict} |" for one in compared.changes
-        ]
+        figures = [(one.name, words.number(one.base), words.number(one.head), one.verdict) for one in compared.changes]
+        lines += ["", words.table(("figure", "base", "head", ""), figures, words=(0, 3))]
     unmeasured = sum(change.verdict == "not measured" for change in compared.changes)
     changed = len(compared.changes) - unmeasured
     same = f"{changed} changed" if changed else "none changed" if unmeasured else "all the same"
@@ -107,12 +117,12 @@ def markdown(compared: Comparison, base: str, head: str) -> str:
     lines += ["", f"Exact figures: {f'incomparable, {compared.no_figures}' if compared.no_figures else same}."]
     apart = [time for time in compared.times if time.hint != "cannot tell"]
     if apart:
-        lines += ["", "| time | base | head | change | |", "| --- | ---: | ---: | ---: | --- |"]
-        lines += [
-            f"| {one.name} | {one.base_s * 1e3:.4g} ms | {one.head_s * 1e3:.4g} ms | {one.change:+.1%} | {one.hint} |"
+        times = [
+            (one.name, f"{one.base_s * 1e3:.4g} ms", f"{one.head_s * 1e3:.4g} ms", f"{one.change:+.1%}", one.hint)
             for one in sorted(apart, key=lambda time: -time.change)
         ]
-    lines += [f"- no longer timed: {name}" for name in compared.missing]
+        lines += ["", words.table(("time", "base", "head", "change", ""), times, words=(0, 4))]
+    lines += [f"- no longer timed: {name}" for name in compared.untimed]
     if compared.no_times:
         lines += ["", f"Times: incomparable, {compared.no_times}."]
     else:
@@ -127,17 +137,15 @@ def markdown(compared: Comparison, base: str, head: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _number(figure: int | None) -> str:
-    return "" if figure is None else f"{figure:,}"
-
-
 def _headline(compared: Comparison) -> str:
     verdicts = [change.verdict for change in compared.changes]
     counted = [(len(compared.wrong), "INVALID")]
-    counted += [(verdicts.count(verdict), verdict) for verdict in get_args(gates.Verdict)]
+    counted += [(verdicts.count(verdict), verdict) for verdict in get_args(gates.Verdict) if verdict != "not measured"]
+    unknown = [change for change in compared.changes if change.verdict == "not measured" and change.head is not None]
+    counted.insert(2, (len(compared.missing) + len(unknown), "not measured"))
     hints = [time.hint for time in compared.times]
     counted += [(hints.count(hint), f"{hint} (unpaired)") for hint in ("slower", "faster")]
-    if compared.no_figures and compared.no_times:
+    if compared.no_figures and compared.no_times and not compared.wrong:
         return "Incomparable"
     return ", ".join(f"{count} {what}" for count, what in counted if count) or "No change"
 
@@ -189,11 +197,15 @@ def _time(name: str, base: Mapping[str, Any], head: Mapping[str, Any]) -> Time:
     return Time(name, before["median"], after["median"], hint)
 
 
-def _wrong(report: Report) -> Iterator[str]:
-    for case in (*report.get("images", ()), *report.get("rows", ())):
-        for arm, measured in case["arms"].items():
-            if measured["status"] != "ok":
-                yield f"{case['name']}, {arm}: {measured['reason']}"
+def _missing(base: Report, head: Report) -> tuple[str, ...]:
+    """What head could not measure, and whether it has no figures at all where base has some."""
+    missing = []
+    if head["schema"] == schema.SCHEMA:
+        missing += [f"{one['what']}: {one['reason']}" for one in head["unsupported"]]
+        missing += outcome.unmeasured(head)
+    if base.get("gates") and not head.get("gates"):
+        missing.append("exact figures: base has them, head has none")
+    return tuple(missing)
 
 
 def _doubt(report: Report) -> str:

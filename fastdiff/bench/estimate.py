@@ -1,18 +1,22 @@
-"""How long a run will take: as long as the newest report of the same work took; else what is known, its limits."""
+"""How long a run will take: as the newest report of the same work took, rather on this machine; else its limits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+
+import torch
 
 from fastdiff.bench import machine, schema
 from fastdiff.bench.cells import Piece
+from fastdiff.bench.journal import RUNS
 from fastdiff.bench.schema import BadReport, Report
 from fastdiff.bench.suite import ImageCase, RowCase, Suite
 
-REPORTS = Path("reports")  # the working directory's, those that are kept
+REPORTS = Path("reports")  # the working directory's: those that are kept, and in RUNS every run
 
 
 def lines(chosen: Suite, suite: str, model: str, device: str, pieces: Sequence[Piece]) -> list[str]:
@@ -35,7 +39,8 @@ def lines(chosen: Suite, suite: str, model: str, device: str, pieces: Sequence[P
 
 
 def _newest(chosen: Suite, suite: str, model: str, device: str, titles: Sequence[str]) -> tuple[Path, Report] | None:
-    """The report, and its folder, that has all these pieces and times of the same cases."""
+    """The report, and its folder, that has all these pieces and times of the same cases, rather of this machine."""
+    here = _hardware(machine.fingerprint(torch.device(device)))
     found = [
         (place, report)
         for place, report in _reports()
@@ -44,11 +49,16 @@ def _newest(chosen: Suite, suite: str, model: str, device: str, titles: Sequence
         and set(titles) <= report["seconds"]["pieces"].keys()
         and _same_cases(chosen, report)
     ]
-    return max(found, key=lambda one: str(one[1]["created"]), default=None)
+    return max(found, key=lambda one: (_hardware(one[1]["machine"]) == here, one[1]["created"]), default=None)
+
+
+def _hardware(known: Report) -> tuple[str, int, str | None]:
+    """What a duration depends on most; a fingerprint changes with every package, too."""
+    return known["cpu"], known["cpus_usable"], known["gpu"] and known["gpu"]["name"]
 
 
 def _reports() -> Iterator[tuple[Path, Report]]:
-    for path in REPORTS.glob("*/report.json"):
+    for path in chain(REPORTS.glob("*/report.json"), RUNS.glob("*/report.json")):
         try:
             report = schema.load(path)
         except BadReport:  # of an older form: no help here, and no hindrance

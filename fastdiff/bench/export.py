@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fastdiff.bench import outcome, schema
+from fastdiff.bench import files, outcome, schema, words
 from fastdiff.bench.arguments import refuse
-from fastdiff.bench.report import escape, markdown, print_tables, ratio_text
+from fastdiff.bench.report import markdown, print_tables, ratio_text
 from fastdiff.bench.suite import split
 from fastdiff.bench.summary import Report, unit_s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE and where to write what is made of it."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="report.json, a folder with one, or a folder of those")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="report.json, ab.json, a folder with one, or a folder of those"
+    )
     parser.add_argument("--html", type=Path, metavar="F", help="write the page")
     parser.add_argument("--markdown", type=Path, metavar="F", help="write Markdown; of a folder of reports, its index")
-    parser.add_argument("--junit", type=Path, metavar="F", help="write JUnit XML, one testcase per case")
+    parser.add_argument(
+        "--junit", type=Path, metavar="F", help="write JUnit XML, one testcase per case; of ab.json, too"
+    )
     parser.add_argument("--csv", type=Path, metavar="F", help="write CSV, one row per case and arm")
 
 
@@ -29,60 +33,67 @@ def main(options: argparse.Namespace) -> int:
     """Write what is asked for; without any of it, print the tables. 0: a verdict is the measuring command's to give."""
     from fastdiff.bench.page import html  # jinja2 and pandas are of the bench extra
 
-    forms = {"html": html, "markdown": markdown, "junit": junit, "csv": csv}
+    forms: dict[str, Callable[[Report], str]] = {"html": html, "markdown": markdown, "junit": junit, "csv": csv}
     wanted = {name: path for name in forms if (path := getattr(options, name)) is not None}
     try:
-        if options.file.is_dir() and not (options.file / "report.json").exists():
+        if options.file.is_dir() and not any((options.file / name).exists() for name in schema.NAMES):
             if set(wanted) != {"markdown"}:
                 refuse(f"{options.file} is a folder of reports: expected --markdown, for its index, and nothing else")
             texts = {"markdown": index(options.file)}
         else:
             report = schema.load(options.file)
-            if report["schema"] != schema.SCHEMA:
-                refuse(f"{options.file}: expected a report of fastdiff.bench, got one of {report['schema']}")
+            if report["schema"] == schema.AB:
+                if set(wanted) != {"junit"}:
+                    refuse(f"{options.file} is of ab: expected --junit and nothing else; ab.md beside it is its page")
+                forms = {"junit": junit_of_pair}
+            else:
+                _check(report, options.file)
             texts = {name: forms[name](report) for name in wanted}
     except schema.BadReport as error:
         refuse(str(error))
     for name, path in wanted.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(texts[name], encoding="utf-8")
+        files.write(path, texts[name])
     if not wanted:
         print_tables(report)
     return 0
 
 
+def _check(report: Report, path: Path) -> Report:
+    """BadReport unless it is a run's."""
+    if report["schema"] != schema.SCHEMA:
+        raise schema.BadReport(f"{path}: expected a report of fastdiff.bench, got one of {report['schema']}")
+    return report
+
+
 def junit(report: Report) -> str:
     """A testcase per case, per deterministic figure that changed, and for the canaries.
 
-    A wrong answer, a figure that got worse and a canary that misbehaved are failures. What could not run, and a case
-    none of whose comparisons came to a conclusion, is skipped. An arm slower than another is a result, no failure.
+    A wrong answer, a figure that got worse and a canary that misbehaved are failures, what could not be measured is an
+    error. A case none of whose comparisons came to a conclusion is skipped. An arm slower than another is a result.
     """
     suite = ElementTree.Element("testsuite", name=f"fastdiff.bench: {report['suite']}")
     compared = list(outcome.comparisons(report))
     wrong = outcome.wrong_answers(report)
     for case in (*report["images"], *report["rows"]):
         own = [one for one in compared if one.case is case]
-        failed = [f"{arm}: {reason}" for other, arm, reason in wrong if other is case]
+        kind = "images" if "workload" in case else "rows"
+        failed = [f"{one.arm}: {one.reason}" for one in wrong if (one.section, one.case) == (kind, case["name"])]
         verdicts = {one.judgement.verdict for one in own}
         seconds = sum(sum(arm["total_s"]) for arm in case["arms"].values())
-        node = _testcase(suite, "images" if "workload" in case else "rows", case["name"], seconds)
+        node = _testcase(suite, kind, case["name"], seconds)
         if failed:
             _outcome(node, "failure", "INVALID", "; ".join(failed))
         elif own and verdicts <= {"INCONCLUSIVE", "INVALID"}:
-            kind = "INVALID" if "INVALID" in verdicts else "INCONCLUSIVE"
-            _outcome(node, "skipped", kind, "; ".join({one.judgement.reason: None for one in own}))
+            worst = "INVALID" if "INVALID" in verdicts else "INCONCLUSIVE"
+            _outcome(node, "skipped", worst, "; ".join({one.judgement.reason: None for one in own}))
         text = "\n".join(f"{one.arm} against {one.base}: {ratio_text(one.ratio)}, {one.word}" for one in own)
         ElementTree.SubElement(node, "system-out").text = _legal(text)
-    for one in report["unsupported"]:
-        _outcome(_testcase(suite, "pieces", one["what"]), "skipped", "unsupported", one["reason"])
-    for change in outcome.changes(report):
-        node = _testcase(suite, "figures", change["name"])
-        if change["verdict"] == "REGRESSION":
-            _outcome(node, "failure", "REGRESSION", f"{change['base']} -> {change['head']}")
-        elif change["verdict"] == "not measured":
-            _outcome(node, "skipped", "not measured", f"{change['base']} -> {change['head']}")
-    for sampler in outcome.not_finite(report):
-        _outcome(_testcase(suite, "errors", sampler), "failure", "INVALID", "infinities or NaN against float64")
+    for one in wrong:
+        if one.section in ("fates", "errors"):
+            _outcome(_testcase(suite, one.section, f"{one.case}, {one.arm}"), "failure", "INVALID", one.reason)
+    for piece in report["unsupported"]:
+        _outcome(_testcase(suite, "pieces", piece["what"]), "error", "unsupported", piece["reason"])
+    _figures(suite, outcome.changes(report), accepted=outcome.accepted(report))
     without = outcome.unvouched(report)
     if outcome.canaries(report) or without:
         node = _testcase(suite, "instrument", "canaries")
@@ -90,7 +101,57 @@ def junit(report: Report) -> str:
             _outcome(node, "failure", "INVALID", doubt)
         elif without:
             _outcome(node, "skipped", "unvouched", without)
-    for kind, plural in (("failure", "failures"), ("skipped", "skipped")):
+    return _written(suite)
+
+
+def junit_of_pair(report: Report) -> str:
+    """A testcase per result, time and changed figure of `ab`'s two revisions, and for its canaries.
+
+    A wrong result, a slower case, a figure that got worse and a time that is not to be believed are failures, what
+    could not be measured is an error, an inconclusive time is skipped. A slower case names the figures it grew.
+    """
+    suite = ElementTree.Element("testsuite", name="fastdiff.bench: ab")
+    for name, one in report["results"].items():
+        node = _testcase(suite, "results", name)
+        if not one["right"]:
+            _outcome(node, "failure", "INVALID", one["reason"] or "")
+    for name, reason in report["failed"].items():
+        _outcome(_testcase(suite, "cases", name), "error", "not measured", reason)
+    _figures(suite, report["changes"])
+    for name, one in report["times"].items():
+        judgement, node = one["judgement"], _testcase(suite, "times", name)
+        if judgement["verdict"] == "REGRESSION":
+            interval = f"{judgement['change']:+.1%} [{judgement['low']:+.1%}, {judgement['high']:+.1%}]"
+            moved = [_moved(change) for change in report["changes"] if change["name"].endswith(f": {name}")]
+            _outcome(node, "failure", "REGRESSION", "; ".join([interval, *moved]))
+        elif judgement["verdict"] == "INVALID":
+            _outcome(node, "failure", "INVALID", judgement["reason"])
+        elif judgement["verdict"] == "INCONCLUSIVE":
+            _outcome(node, "skipped", "INCONCLUSIVE", judgement["reason"])
+    if known := report["canaries"]:
+        node = _testcase(suite, "instrument", "canaries")
+        if known["doubt"]:
+            _outcome(node, "failure", "INVALID", known["doubt"])
+    return _written(suite)
+
+
+def _figures(suite: ElementTree.Element, changes: Sequence[Report], accepted: bool = False) -> None:
+    for change in changes:
+        node = _testcase(suite, "figures", change["name"])
+        if change["verdict"] == "REGRESSION" and not accepted:
+            _outcome(node, "failure", "REGRESSION", f"{change['base']} -> {change['head']}")
+        elif change["verdict"] == "not measured":
+            tag = "error" if change["head"] is None else "skipped"  # the baseline's lack is not this run's
+            _outcome(node, tag, "not measured", f"{change['base']} -> {change['head']}")
+
+
+def _moved(change: Report) -> str:
+    return f"{change['name']} {words.number(change['base'])} -> {words.number(change['head'])}"
+
+
+def _written(suite: ElementTree.Element) -> str:
+    """The suite with its sums, as a document."""
+    for kind, plural in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(plural, str(len(suite.findall(f"testcase/{kind}"))))
     suite.set("tests", str(len(suite.findall("testcase"))))
     ElementTree.indent(suite)
@@ -132,15 +193,15 @@ def _arms(report: Report) -> Iterator[dict[str, Any]]:
 
 def index(folder: Path) -> str:
     """What a folder of reports says, newest first: its README. BadReport where one of them is none."""
-    reports = [(path.parent, schema.load(path)) for path in folder.glob("*/report.json")]
+    reports = [(path.parent, _check(schema.load(path), path)) for path in folder.glob("*/report.json")]
     reports.sort(key=lambda one: one[1]["created"], reverse=True)
-    header = ["report", "machine", "date", "suite", "all that was gained", "verdict", "comparisons"]
-    rows = (header, ["---"] * len(header), *(_index_row(*one) for one in reports))
+    header = ("report", "machine", "date", "suite", "all that was gained", "verdict", "comparisons")
+    rows = [_index_row(*one) for one in reports]
     parts = [
         "# Reports",
         "Written by `python -m fastdiff.bench report reports --markdown reports/README.md`. Times of another machine "
         "are incomparable.",
-        "\n".join("| " + " | ".join(cells) + " |" for cells in rows),
+        words.table(header, rows, words=range(len(header))),
     ]
     if baselines := sorted((folder / "baselines").glob("*.json")):
         keys = "\n".join(f"- [{path.stem}](baselines/{path.name})" for path in baselines)
@@ -158,9 +219,9 @@ def _index_row(place: Path, report: Report) -> list[str]:
     gain = ratio_text(step["ratio"]) + (", toy model" if report["model"]["toy"] else "") if step else ""
     return [
         f"[{place.name}]({place.name}/report.md){page}",
-        escape(f"{device} ({machine['id']}), torch {machine['packages']['torch']}"),
+        f"{device} ({machine['id']}), torch {machine['packages']['torch']}",
         report["created"][:10],
-        escape(report["suite"]),
+        report["suite"],
         gain,
         outcome.outcome(report).word,
         ", ".join(f"{count} {word}" for word, count in outcome.tally(report).items()),

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fastdiff.bench import suite
+from fastdiff.bench import files, suite
 from fastdiff.bench.arms import Workbench, requests_of
 from fastdiff.bench.rows import RowBench, count_steps, count_tables
 from fastdiff.bench.suite import CountCase, RowCase
@@ -26,7 +26,7 @@ from fastdiff.runtime import Runtime
 from fastdiff.slots import Slots
 
 BASELINES = Path("reports", "baselines")
-BYTES_TOLERANCE = 0.01  # an allocator rounds, a library changes its workspace
+PEAK_TOLERANCE = 0.01  # of peak bytes alone: an allocator rounds, a library changes its workspace
 ROWS = 4  # by then a multistep sampler is at its full order
 BATCHES = (1, 8)
 TRIES = 3  # at a trace of kernels, which now and then loses some
@@ -85,8 +85,7 @@ def baseline(key: str) -> dict[str, Value] | None:
 def save(key: str, figures: Mapping[str, Value]) -> Path:
     """Make `figures` the baseline of `key`."""
     path = BASELINES / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(figures), indent=1) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(dict(figures), indent=1) + "\n")
     return path
 
 
@@ -105,7 +104,7 @@ def compare(figures: Mapping[str, Value], baseline: Mapping[str, Value]) -> list
             changes.append(Change(name, None, head, "new"))
         elif head is None:
             changes.append(Change(name, base, None, "REGRESSION"))
-        elif abs(head - base) > (BYTES_TOLERANCE * base if "bytes" in name else 0):
+        elif abs(head - base) > (PEAK_TOLERANCE * base if name.startswith("peak bytes") else 0):
             changes.append(Change(name, base, head, "REGRESSION" if head > base else "IMPROVEMENT"))
     return sorted(changes, key=lambda change: get_args(Verdict).index(change.verdict))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastdiff.bench.stats import pairs_needed
 from fastdiff.bench.summary import Report
 from fastdiff.bench.verdict import Judgement, Verdict, judge
+from fastdiff.bench.words import counted
 
 WORDS: Mapping[Verdict, str] = {
     "IMPROVEMENT": "faster",
@@ -19,6 +20,15 @@ WORDS: Mapping[Verdict, str] = {
     "INVALID": "invalid",
 }
 """A verdict on two arms of one run, where nothing regressed: one arm is the faster."""
+
+
+class Wrong(NamedTuple):
+    """One wrong answer: the section of the report that it is in, the case, who gave it, and why it is wrong."""
+
+    section: Literal["images", "rows", "fates", "errors"]
+    case: str
+    arm: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -61,20 +71,20 @@ def comparisons(report: Report) -> Iterator[Compared]:
 
 def tally(report: Report) -> dict[str, int]:
     """How many comparisons ended how, in words."""
-    counted = Counter(one.word for one in comparisons(report))
-    return {word: counted[word] for word in WORDS.values() if counted[word]}
+    words = Counter(one.word for one in comparisons(report))
+    return {word: words[word] for word in WORDS.values() if words[word]}
 
 
 def canaries(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
     """Comparisons whose outcome is known beforehand, with their judgements; those that the run has."""
-    known = report.get("canaries") or {}
+    known = report["canaries"] or {}
     labels = {"a_a": "the same work twice", "slower_10_percent": "a tenth more work"}
     return [(label, known[name]) for name, label in labels.items() if known.get(name)]
 
 
 def distrust(report: Report) -> str:
     """Why no time of this run is to be believed; empty if no canary gives a reason. Without any, see `unvouched`."""
-    return str((report.get("canaries") or {}).get("doubt") or "")
+    return str((report["canaries"] or {}).get("doubt") or "")
 
 
 def unvouched(report: Report) -> str:
@@ -85,44 +95,62 @@ def unvouched(report: Report) -> str:
 
 def changes(report: Report) -> list[Report]:
     """Deterministic figures that are not what the baseline says."""
-    gates = report.get("gates") or {}
-    return [change for change in gates.get("changes") or () if change["verdict"] != "NO-CHANGE"]
+    return list((report["gates"] or {}).get("changes") or ())
+
+
+def accepted(report: Report) -> bool:
+    """Whether this run's deterministic figures have become the baseline."""
+    return bool((report["gates"] or {}).get("accepted"))
+
+
+def regressions(report: Report) -> list[str]:
+    """Deterministic figures that got worse, unless the run was there to accept them."""
+    worse = [change["name"] for change in changes(report) if change["verdict"] == "REGRESSION"]
+    return [] if accepted(report) else worse
 
 
 def moved(report: Report) -> str:
     """How many deterministic figures are other than the baseline's, in words; one that it lacks has not moved."""
-    counted = Counter(change["verdict"] for change in changes(report))
-    count = counted["REGRESSION"] + counted["IMPROVEMENT"]
-    return f"{count or 'none'} moved" + (f", {counted['new']} new" if counted["new"] else "")
+    verdicts = Counter(change["verdict"] for change in changes(report))
+    count = verdicts["REGRESSION"] + verdicts["IMPROVEMENT"]
+    return f"{count or 'none'} moved" + (f", {verdicts['new']} new" if verdicts["new"] else "")
 
 
 def unmeasured(report: Report) -> list[str]:
     """Deterministic figures that this run should have and could not measure."""
-    return [name for name, value in (report.get("gates") or {}).get("figures", {}).items() if value is None]
+    return [name for name, value in (report["gates"] or {"figures": {}})["figures"].items() if value is None]
 
 
-def not_finite(report: Report) -> list[str]:
-    """Samplers whose table led to infinities or NaN."""
-    return [one["sampler"] for one in report["errors"] if one["fastdiff"] is None]
+def wrong_answers(report: Report) -> list[Wrong]:
+    """Everything that this run shows to be wrong: no other code decides what is.
+
+    An arm whose samples differ from the reference; interleaved requests that went wrong on an owner that isolates them
+    (that a shared one lets them go wrong is what it is there to show); a table that led to infinities or NaN.
+    """
+    found = []
+    for section in ("images", "rows"):
+        for case in report[section]:
+            wrong = ((arm, measured) for arm, measured in case["arms"].items() if measured["status"] != "ok")
+            found += [Wrong(section, case["name"], arm, measured["reason"]) for arm, measured in wrong]
+    for one in report["fates"]:
+        fates = [str(fate["fate"]) for fate in one["fates"] if fate["fate"] != "right"]
+        if fates and not one["arm"].startswith("shared"):
+            reason = f"interleaved requests, {one['workload']}: {', '.join(fates)}"
+            found.append(Wrong("fates", one["sampler"], one["arm"], reason))
+    for one in report["errors"]:
+        if one["fastdiff"] is None:
+            found.append(Wrong("errors", one["sampler"], "tensorized", "infinities or NaN against float64"))
+    return found
 
 
-def wrong_answers(report: Report) -> list[tuple[Report, str, str]]:
-    """Case, arm and reason of every arm that answered wrongly."""
-    return [
-        (case, arm, measured["reason"])
-        for case in (*report["images"], *report["rows"])
-        for arm, measured in case["arms"].items()
-        if measured["status"] != "ok"
-    ]
-
-
-def wrong_fates(report: Report) -> list[Report]:
-    """Interleaved requests that went wrong on an owner that isolates them."""
-    return [
-        one
-        for one in report["fates"]
-        if not one["arm"].startswith("shared") and any(fate["fate"] != "right" for fate in one["fates"])
-    ]
+def exit_code(report: Report) -> int:
+    """What a run amounts to: 3 where anything is wrong, 1 where a deterministic figure got worse, 4 where anything
+    could not be measured, else 0. Times play no part: they are judged in pairs of processes, by `ab`."""
+    if wrong_answers(report):
+        return 3
+    if regressions(report):
+        return 1
+    return 4 if report["unsupported"] or unmeasured(report) else 0
 
 
 def headline(report: Report) -> Report | None:
@@ -139,31 +167,29 @@ def outcome(report: Report) -> Outcome:
 
 
 def _outcome(report: Report) -> Outcome:
-    wrong, doubt, changed = wrong_answers(report), distrust(report), changes(report)
-    regressed = [change for change in changed if change["verdict"] == "REGRESSION"]
-    if fates := wrong_fates(report):
-        return Outcome("INVALID", f"{fates[0]['arm']} let {fates[0]['sampler']}'s interleaved requests go wrong", True)
-    if wrong:
-        return Outcome("INVALID", f"{_number(len(wrong), 'arm')} answered wrongly, however fast", True)
-    if samplers := not_finite(report):
-        return Outcome("INVALID", f"{_first(samplers)}: infinities or NaN against float64", True)
-    if regressed:
-        names = _first([change["name"] for change in regressed])
-        return Outcome("REGRESSION", f"{_number(len(regressed), 'deterministic figure')} got worse: {names}", True)
+    doubt, changed = distrust(report), changes(report)
+    if wrong := wrong_answers(report):
+        first = _first([f"{one.case}, {one.arm}" for one in wrong])
+        return Outcome("INVALID", f"{counted(len(wrong), 'wrong answer')}, however fast: {first}", True)
+    if regressed := regressions(report):
+        figures = counted(len(regressed), "deterministic figure")
+        return Outcome("REGRESSION", f"{figures} got worse: {_first(regressed)}", True)
     if doubt:
         return Outcome("INVALID", f"no time of this run is to be believed: {doubt}", True)
     if report["unsupported"]:
-        return Outcome("INCOMPLETE", f"{_number(len(report['unsupported']), 'piece')} could not be measured", True)
+        return Outcome("INCOMPLETE", f"{counted(len(report['unsupported']), 'piece')} could not be measured", True)
     if missing := unmeasured(report):
-        counted = _number(len(missing), "deterministic figure")
-        return Outcome("INCOMPLETE", f"{counted} could not be measured: {_first(missing)}", True)
-    if not report.get("complete", True):
+        figures = counted(len(missing), "deterministic figure")
+        return Outcome("INCOMPLETE", f"{figures} could not be measured: {_first(missing)}", True)
+    if accepted(report):
+        return Outcome("ACCEPTED", f"the deterministic figures are the new baseline: {moved(report)}", False)
+    if not report["complete"]:
         return Outcome("INCOMPLETE", "a part of the suite was run", False)
-    gates = report.get("gates") or {}
+    gates = report["gates"] or {}
     if gates.get("changes") is None:
         return Outcome("MEASURED", "no answer is wrong; there was no baseline to compare with", False)
     improved = sum(change["verdict"] == "IMPROVEMENT" for change in changed)
-    compared = f"{_number(len(gates['figures']), 'deterministic figure')} compared with the baseline"
+    compared = f"{counted(len(gates['figures']), 'deterministic figure')} compared with the baseline"
     if unknown := sum(change["verdict"] == "not measured" for change in changed):
         compared += f", which has not measured {unknown}"
     if improved:
@@ -185,7 +211,3 @@ def _compared(kind: Literal["images", "rows"], case: Report, base: str, arm: str
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

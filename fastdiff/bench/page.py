@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from fastdiff.bench import outcome
@@ -18,18 +19,17 @@ from fastdiff.bench.report import (
     arm_name,
     attribution_table,
     break_even_table,
-    byte_count,
     changes_table,
     clocks_table,
     command,
     compile_table,
     counts_table,
-    duration,
     errors_table,
     facts,
     fates_table,
     introduction,
     invalid_table,
+    meaning,
     memory_table,
     parity,
     ratio_text,
@@ -37,11 +37,12 @@ from fastdiff.bench.report import (
     setup_table,
     targets_table,
     unsupported_table,
-    words,
 )
 from fastdiff.bench.suite import ARMS, split
 from fastdiff.bench.summary import Report, unit_s
 from fastdiff.bench.verdict import MARGIN
+from fastdiff.bench.words import byte_count, duration
+from fastdiff.capture import Mode
 
 NO_CHANGE = 1 + MARGIN  # the band that is shaded
 DOTS_WITHIN = 2.0  # a dot plot reaches from half the median to twice
@@ -136,15 +137,7 @@ _TABLES = {
 
 def html(report: Report) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["emphasis"] = emphasis
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         report=report,
         outcome=outcome.outcome(report),
         facts=list(facts(report)),
@@ -162,6 +155,19 @@ def html(report: Report) -> str:
         machine=list(_flat({**report["machine"], "commit": report.get("commit", {})})),
         pieces=[(title, f"{seconds:.1f} s") for title, seconds in report["seconds"].get("pieces", {}).items()],
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["emphasis"] = emphasis
+    return environment.get_template("page.html.j2")
 
 
 def emphasis(text: str) -> Markup:
@@ -192,7 +198,7 @@ def _attribution(report: Report) -> dict[str, Any]:
 
     rows = [row(step, arm_name(step["base"])) for step in steps]
     if steps:
-        baseline = {**steps[0], "label": f"baseline: {words(steps[0]['base'])}", "arm_s": steps[0]["base_s"]}
+        baseline = {**steps[0], "label": f"baseline: {meaning(steps[0]['base'])}", "arm_s": steps[0]["base_s"]}
         rows.insert(0, {**row(baseline, ""), "ratio": "", "word": ""})
     no_gain = [row(step, f"{arm_name(step['base'])}, {duration(step['base_s'], step['per'])}") for step in limits]
     return {
@@ -210,7 +216,7 @@ def _matrices(report: Report) -> Iterator[dict[str, Any]]:
         ("rows", "row", "Time per row of the batch, null model", "Largest error of the last sample"),
     ):
         known = {arm for case in report[kind] for arm in case["arms"]}
-        every = ["diffusers", *(f"{name}/{mode}" for mode in ("eager", "compiled") for name in ARMS)]
+        every = ["diffusers", *(f"{name}/{mode}" for mode in get_args(Mode) for name in ARMS)]
         arms = [arm for arm in every if arm in known]
         rows = [
             {"case": case["name"], "detail": _detail(case), "cells": [_cell(case, arm, per) for arm in arms]}

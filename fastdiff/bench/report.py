@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from fastdiff.bench import outcome
+from fastdiff.bench import outcome, words
 from fastdiff.bench.machine import describe
+from fastdiff.bench.shape import OWNERS
 from fastdiff.bench.suite import ARMS, split
 from fastdiff.bench.summary import Report, find_case, find_ratio, speed_up, unit_s
+from fastdiff.bench.words import byte_count, duration, escape
 
 STEP_SUMMARY_BYTES = 2**20 - 1  # GitHub refuses a longer one
+WARM = "warm cache, run with an empty TORCHINDUCTOR_CACHE_DIR for it"
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,7 @@ def markdown(report: Report, limit: int = STEP_SUMMARY_BYTES) -> str:
 
 def markdown_table(table: Table) -> str:
     """The bare table, as the README quotes it."""
-    rule = ["---"] + ["---:"] * (len(table.header) - 1)
-    rows = ([escape(cell) for cell in cells] for cells in (table.header, *table.rows))
-    header, *others = ("| " + " | ".join(cells) + " |" for cells in rows)
-    return "\n".join((header, "| " + " | ".join(rule) + " |", *others))
-
-
-def escape(text: str) -> str:
-    """Names are others' words: no tag, no column and no line begins inside of one."""
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+    return words.table(table.header, table.rows)
 
 
 def verdict_list(report: Report) -> str:
@@ -62,7 +57,7 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     """What the verdict rests on: label and one line each."""
     doubt = outcome.distrust(report)
     if step := outcome.headline(report):
-        gain = f"{ratio_text(step['ratio'])} over {words(step['base'])}{_toy(report)}"
+        gain = f"{ratio_text(step['ratio'])} over {meaning(step['base'])}{_toy(report)}"
         yield "Gain", f"INVALID: {gain}" if doubt else gain
     tally = outcome.tally(report)
     if tally:
@@ -70,9 +65,12 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     canaries = "; ".join(_canary(*one) for one in outcome.canaries(report)) or "none in this run"
     yield "Canaries", f"{canaries}. Amiss: {doubt}" if doubt else canaries
     yield "Deterministic figures", _gates(report)
-    wrong = len(outcome.wrong_answers(report))
+    wrong = outcome.wrong_answers(report)
     arms = sum(len(case["arms"]) for case in (*report["images"], *report["rows"]))
-    yield "Answers", f"{arms - wrong} of {arms} arms right" if arms else "none checked"
+    right = arms - sum(one.section in ("images", "rows") for one in wrong)
+    answers = f"{right} of {arms} arms right" if arms else "no arm checked"
+    others = [f"{one.case}, {one.arm}: {one.reason}" for one in wrong if one.section in ("fates", "errors")]
+    yield "Answers", "; ".join([answers, *others])
     bounded = [target for target in report["summary"]["targets"] if target["met"] is not None]
     if bounded:
         missed = [target["label"] for target in bounded if not target["met"]]
@@ -136,7 +134,7 @@ def attribution_table(report: Report) -> Table:
     """What each step is worth, against what it changes; then where nothing is gained. The README quotes it."""
     steps, limits = report["summary"]["attribution"], report["summary"]["no_gain"]
     baseline = [
-        (f"baseline: {words(step['base'])}", duration(step["base_s"], step["per"]), "", "") for step in steps[:1]
+        (f"baseline: {meaning(step['base'])}", duration(step["base_s"], step["per"]), "", "") for step in steps[:1]
     ]
     worth = [
         (step["label"], duration(step["arm_s"], step["per"]), arm_name(step["base"]), ratio_text(step["ratio"]))
@@ -168,8 +166,8 @@ def changes_table(report: Report) -> Table:
     rows = tuple(
         (
             change["name"],
-            "-" if change["base"] is None else f"{change['base']:,}",
-            "-" if change["head"] is None else f"{change['head']:,}",
+            words.number(change["base"]),
+            words.number(change["head"]),
             f"{change['head'] / change['base'] - 1:+.1%}" if change["base"] and change["head"] is not None else "",
             f"**{change['verdict']}**" if change["verdict"] == "REGRESSION" else change["verdict"],
         )
@@ -190,8 +188,8 @@ def targets_table(report: Report) -> Table:
 
 
 def invalid_table(report: Report) -> Table:
-    """Arms that answered wrongly; they have no times."""
-    rows = tuple((case["name"], arm_name(arm), reason) for case, arm, reason in outcome.wrong_answers(report))
+    """What is wrong; an arm that is has no times."""
+    rows = tuple((one.case, arm_name(one.arm), one.reason) for one in outcome.wrong_answers(report))
     return Table("INVALID: a wrong answer, however fast", ("case", "arm", "reason"), rows)
 
 
@@ -204,7 +202,7 @@ def unsupported_table(report: Report) -> Table:
 def images_table(report: Report) -> Table:
     """Whole requests by ownership."""
     rows = []
-    peaks = [arm["vram_peak_bytes"] for case in report["images"] for arm in case["arms"].values()]
+    peaks = [arm.get("vram_peak_bytes") for case in report["images"] for arm in case["arms"].values()]
     on_cuda = any(peak is not None for peak in peaks)
     for case in report["images"]:
         for arm, measured in case["arms"].items():
@@ -220,7 +218,7 @@ def images_table(report: Report) -> Table:
                 parity(measured),
                 duration(unit_s(case, arm), "image"),
                 duration(loop, "image"),
-                *([byte_count(measured["vram_peak_bytes"])] if on_cuda else []),
+                *([byte_count(measured.get("vram_peak_bytes"))] if on_cuda else []),
                 "; ".join(ratios),
             ]
             rows.append(tuple(cells))
@@ -292,10 +290,17 @@ def setup_table(report: Report) -> Table:
     entries = report["setup"]
     names = list(entries[0]["call_s"]) if entries else []
     rows = tuple(
-        (f"{one['sampler']}, {one['steps']} steps", *(duration(median(one["call_s"][name]), "row") for name in names))
+        (
+            f"{one['sampler']}, {one['steps']} steps",
+            *(duration(_median(one["call_s"].get(name)), "row") for name in names),
+        )
         for one in entries
     )
     return Table("Set-up of a request, text and noise apart", ("sampler", *names), rows)
+
+
+def _median(times_s: Sequence[float] | None) -> float | None:
+    return median(times_s) if times_s else None
 
 
 def counts_table(report: Report) -> Table:
@@ -360,7 +365,6 @@ def errors_table(report: Report) -> Table:
 
 def memory_table(report: Report) -> Table:
     """Device bytes by ownership, one line per latent shape and sampler."""
-    owners = ("shared", "cloned-deepcopy", "cloned-shallow", "tensorized")
     rows = []
     for case in report["memory"]:
         entries: dict[str, dict[str, Mapping[str, int]]] = {}
@@ -375,7 +379,7 @@ def memory_table(report: Report) -> Table:
                         " / ".join(
                             byte_count(by_owner[owner][f"{when}_bytes"]) for when in ("before", "during", "after")
                         )
-                        for owner in owners
+                        for owner in OWNERS
                     ),
                     " / ".join(byte_count(by_owner[owner]["row_peak_bytes"]) for owner in ("shared", "tensorized")),
                 )
@@ -401,8 +405,13 @@ def memory_table(report: Report) -> Table:
 
 def compile_table(report: Report) -> Table:
     """Compilation, apart from everything else."""
-    rows = tuple((name, f"{seconds:.1f} s") for name, seconds in report["compile_s"].items())
-    return Table("Compilation, apart from all of the above", ("what", "first call"), rows)
+    rows = tuple((name, f"{seconds:.1f} s", _cache(report, name)) for name, seconds in report["compile_s"].items())
+    return Table(
+        "Compilation, apart from all of the above",
+        ("what", "first call", "inductor's cache"),
+        rows,
+        "Warm: the disk had what inductor made of it, and nothing was compiled. Cold: all of it was made.",
+    )
 
 
 def break_even_table(report: Report) -> Table:
@@ -412,22 +421,31 @@ def break_even_table(report: Report) -> Table:
         for arm in case["arms"]:
             name, mode = split(arm)
             kind = "denoiser and step" if name == "tensorized" else "denoiser"
-            cost_s = report["compile_s"].get(f"{kind}, batch {case['batch']}")
+            what = f"{kind}, batch {case['batch']}"
+            cost_s = report["compile_s"].get(what)
             if mode != "compiled" or cost_s is None or f"{name}/eager" not in case["arms"]:
                 continue
             eager_s, compiled_s = unit_s(case, f"{name}/eager"), unit_s(case, arm)
             if eager_s is None or compiled_s is None:
                 continue
             saved_s = eager_s - compiled_s
+            cache = _cache(report, what)
             after = f"{math.ceil(cost_s / saved_s):,} images" if saved_s > 0 else "never: no faster than eager"
+            if saved_s > 0 and cache != "cold":
+                after = WARM if cache == "warm" else f"{after}, if the cache was cold: it was not recorded"
             saved = duration(saved_s, "image") if saved_s > 0 else "-"
-            rows.append((f"{case['name']}: {name}, batch {case['batch']}", f"{cost_s:.1f} s", saved, after))
+            rows.append((f"{case['name']}: {name}, batch {case['batch']}", f"{cost_s:.1f} s, {cache}", saved, after))
     return Table(
         "Break-even of compilation",
         ("case", "first call", "saved per image", "pays off after"),
         tuple(rows),
         "The first call's seconds over the difference of the medians, compiled against eager.",
     )
+
+
+def _cache(report: Report, what: str) -> str:
+    """Whether a first call found its kernels on the disk; reports from before that was counted do not tell."""
+    return str(report.get("compile_cache", {}).get(what, "not recorded"))
 
 
 def clocks_table(report: Report) -> Table:
@@ -496,10 +514,10 @@ def _toy(report: Report) -> str:
     return " (toy model)" if report["model"]["toy"] else ""
 
 
-def words(arm: str) -> str:
+def meaning(arm: str) -> str:
     """What an arm is, and how its model runs."""
     name, mode = split(arm)
-    return f"{ARMS[name]}, model {mode}"
+    return f"{ARMS.get(name, name)}, model {mode}"
 
 
 def arm_name(arm: str) -> str:
@@ -517,15 +535,6 @@ def parity(measured: Mapping[str, Any]) -> str:
 def ratio_text(ratio: Report | None) -> str:
     """The estimate and its interval."""
     return speed_up(ratio) if ratio else "no valid pair"
-
-
-def duration(seconds: float | None, per: str) -> str:
-    """Milliseconds per image, microseconds per row."""
-    if seconds is None:
-        return "-"
-    if per == "image":
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds * 1e6:.0f} us" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} us"
 
 
 def _range(counts: Sequence[int]) -> str:
@@ -549,16 +558,6 @@ def samplers(case: Mapping[str, Any]) -> str:
 
 def _latents(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def byte_count(count: int | None) -> str:
-    """With a binary prefix."""
-    if count is None:
-        return "-"
-    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 def _cut(text: str, limit: int) -> str:

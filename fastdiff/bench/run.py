@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench import cells, estimate, gates, machine, schema, suite
+from fastdiff.bench import cells, estimate, files, gates, machine, schema, suite
 from fastdiff.bench.arguments import device, folder, model_name, pipeline, plain_name, positive, refuse, scheduler
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.cells import Piece
 from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, unfinished
-from fastdiff.bench.outcome import distrust, not_finite, unmeasured, unvouched, wrong_fates
+from fastdiff.bench.outcome import distrust, exit_code, unmeasured, unvouched, wrong_answers
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import Suite
 from fastdiff.bench.summary import summarize
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--suite", default="run", metavar="NAME", help="run, smoke, ci or a TOML file (default: run)")
     which.add_argument("--quick", action="store_const", const="smoke", dest="suite", help="the suite smoke: a minute")
-    parser.add_argument("-k", dest="only", default="", metavar="EXPR", help="pieces with this in their title alone")
+    parser.add_argument("-k", dest="only", default="", metavar="TEXT", help="only pieces with this in their title")
     parser.add_argument("--list", action="store_true", help="print the pieces' titles and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print how long each piece takes and run nothing")
     parser.add_argument(
@@ -55,17 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, print and write. 0; 1 where an exact figure grew, 3 where an arm answered wrongly, 4 where a piece
-    could not run."""
+    """Measure, print and write. 0; 1 where an exact figure grew and is not accepted, 3 where an answer is wrong, 4
+    where a piece could not run."""
     try:
         chosen = suite.load(options.suite)
     except (OSError, ValueError) as error:
         refuse(f"--suite: {error}")
+    if torch.device(options.device).type == "cuda":
+        chosen = chosen.with_graphs()
     chosen = chosen.override(batch=options.batch, scheduler=options.scheduler, steps=options.steps)
     whole = list(cells.pieces(chosen, options.seed))
-    pieces = [piece for piece in whole if options.only in piece.title]
+    pieces = cells.choose(whole, options.only)
     if not pieces:
         refuse(f"-k: no piece of {options.suite} has {options.only!r} in its title; --list shows them")
+    if options.update_baseline:
+        _check_baseline(options, pieces)
     if options.list or options.dry_run:
         said = [piece.title for piece in pieces]
         if options.dry_run:
@@ -85,16 +89,12 @@ def main(options: argparse.Namespace) -> int:
     return exit_code(report)
 
 
-def exit_code(report: schema.Report) -> int:
-    """What a run amounts to. Times play no part: they are judged in pairs of processes, by `ab`."""
-    cases = (*report["images"], *report["rows"])
-    wrong = any(arm["status"] != "ok" for case in cases for arm in case["arms"].values())
-    if wrong or wrong_fates(report) or not_finite(report):
-        return 3
-    changes = (report["gates"] or {}).get("changes") or ()
-    if any(change["verdict"] == "REGRESSION" for change in changes):
-        return 1
-    return 4 if report["unsupported"] or unmeasured(report) else 0
+def _check_baseline(options: argparse.Namespace, pieces: Sequence[Piece]) -> None:
+    """Whether what would be written is the shipped model's figures, which a baseline is of."""
+    if options.model is not None:
+        refuse("--update-baseline: a baseline is of the shipped model's figures, not of another's; leave out --model")
+    if not any(piece.section == "gates" for piece in pieces):
+        refuse(f"--update-baseline: -k {options.only!r} leaves out the piece 'deterministic figures', which it writes")
 
 
 def _journal(options: argparse.Namespace, chosen: Suite) -> Journal:
@@ -137,6 +137,7 @@ def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece],
     if raw["gates"]:
         changes = None if known is None else gates.compare(raw["gates"]["figures"], known)
         raw["gates"]["changes"] = None if changes is None else [asdict(change) for change in changes]
+        raw["gates"]["accepted"] = options.update_baseline
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     weights = [weight for part in parts for weight in part.parameters()]
     report: dict[str, Any] = {
@@ -202,17 +203,17 @@ def write(options: argparse.Namespace, report: dict[str, Any], journal: Journal)
     from fastdiff.bench.report import markdown, print_tables
 
     text = json.dumps(schema.document(report), indent=1, allow_nan=False) + "\n"
-    files = {"report.json": text, "report.md": markdown(report), "report.html": html(report)}
+    forms = {"report.json": text, "report.md": markdown(report), "report.html": html(report)}
     folders = [journal.folder, *([Path("reports", options.save)] if options.save else [])]
     for place in folders:
-        place.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (place / name).write_text(content, encoding="utf-8")
+        for name, content in forms.items():
+            files.write(place / name, content)
     if options.json:
         sys.stdout.write(text)
     else:
         print_tables(report)
     said = [f"wrote {place / 'report.html'}" for place in folders]
+    said += [f"wrong: {one.case}, {one.arm}: {one.reason}" for one in wrong_answers(report)]
     said += [f"not measured: {failed['what']}: {failed['reason']}" for failed in report["unsupported"]]
     said += _said_of_gates(options, report)
     if doubt := distrust(report):
@@ -229,8 +230,8 @@ def _said_of_gates(options: argparse.Namespace, report: schema.Report) -> list[s
     missing = unmeasured(report)
     said = [f"not measured: {name}" for name in missing]
     if options.update_baseline:
-        return [*said, f"wrote {gates.save(measured['key'], measured['figures'])}"]
-    if measured["changes"] is None:
+        said.append(f"wrote {gates.save(measured['key'], measured['figures'])}")
+    elif measured["changes"] is None:
         return [*said, f"incomparable: reports/baselines has no exact figures of {measured['key']} and this model"]
-    changes = [one for one in measured["changes"] if one["name"] not in missing]
+    changes = [one for one in measured["changes"] or () if one["name"] not in missing]
     return said + [f"{one['verdict']}: {one['name']}: {one['base']} -> {one['head']}" for one in changes]

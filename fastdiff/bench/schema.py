@@ -13,19 +13,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from fastdiff.bench import shape
 from fastdiff.bench.stats import percentile, times_needed
 
 SCHEMA = "fastdiff.bench/1"
+AB = "fastdiff.ab/1"  # of ab.json, which `ab` writes
 PYTEST_BENCHMARK = "pytest-benchmark"  # stands for SCHEMA in what `load` makes of a file that pytest-benchmark wrote
 FORM = "5.3.1"  # the version of pytest-benchmark whose form the file has
+NAMES = ("report.json", "ab.json")  # what a run's folder has one of
 
-_PARTS: Mapping[str, type | tuple[type, ...]] = {
-    "suite": str, "created": str, "command": list, "model": dict, "settings": dict, "machine": dict, "commit": dict,
-    "complete": bool, "resumed": int, "canaries": (dict, type(None)), "gates": (dict, type(None)), "setup": list,
-    "counts": list, "fates": list, "errors": list, "memory": list, "rows": list, "images": list, "unsupported": list,
-    "attribution": list, "no_gain": list, "target": list, "compile_s": dict, "seconds": dict, "summary": dict,
-}  # fmt: skip
-"""What a report has, and of which type."""
 _RESULTS = ("arms", "comparisons", "compare", "modes", "rows", "max_s")
 """What of a case is measured, or does not change what an arm's times are of."""
 
@@ -49,11 +45,12 @@ def document(report: Report) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The report in a file or in a folder's report.json. BadReport where there is none.
+    """The report in a file, or in a folder's report.json or ab.json. BadReport where there is none.
 
     A file that pytest-benchmark wrote becomes {"schema": "pytest-benchmark", "machine_info", "benchmarks"}.
     """
-    file = path / "report.json" if path.is_dir() else path
+    inside = [path / name for name in NAMES if (path / name).exists()]
+    file = [*inside, path / NAMES[0]][0] if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text, parse_constant=lambda name: _refuse(file, f"{name} is no number of a report"))
@@ -69,6 +66,8 @@ def load(path: Path) -> dict[str, Any]:
         _refuse(file, "a report of before reports were readable by pytest-benchmark; measure again")
     if "fastdiff" in content:
         return _checked(content["fastdiff"], file)
+    if content.get("schema") == AB:
+        return _fitting(content, shape.AB, file)
     if not (isinstance(content.get("benchmarks"), list) and isinstance(content.get("machine_info"), dict)):
         _refuse(file, "expected a report of fastdiff.bench or pytest-benchmark, got other JSON")
     return _checked_foreign(content, file)
@@ -161,20 +160,20 @@ def _machine_info(machine: Report) -> dict[str, Any]:
 def _checked(report: Any, file: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         _refuse(file, f"expected a report of schema {SCHEMA!r}")
-    for part, kind in _PARTS.items():
-        if part not in report:
-            _refuse(file, f"a report without {part!r}")
-        if not isinstance(report[part], kind):
-            _refuse(file, f"a report whose {part!r} is a {type(report[part]).__name__}")
-    return report
+    fitting = _fitting(report, shape.REPORT, file)
+    if why := shape.unmatched(fitting):
+        _refuse(file, why)
+    return fitting
+
+
+def _fitting(content: dict[str, Any], expected: shape.Shape, file: Path) -> dict[str, Any]:
+    if why := shape.misfit(content, expected, "the report"):
+        _refuse(file, f"{why}; it is of no form that is read here")
+    return content
 
 
 def _checked_foreign(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    for one in content["benchmarks"]:
-        stats = one.get("stats") if isinstance(one, dict) and "fullname" in one else None
-        figures = [stats.get(key) for key in ("median", "q1", "q3", "rounds")] if isinstance(stats, dict) else [None]
-        if not all(isinstance(figure, (int, float)) and figure > 0 for figure in figures):
-            _refuse(file, "a benchmark without a full name, or without positive median, quartiles and rounds")
+    _fitting(content, shape.PYTEST_BENCHMARK, file)
     return {
         "schema": PYTEST_BENCHMARK, "machine_info": content["machine_info"], "benchmarks": content["benchmarks"]
     }  # fmt: skip

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from fastdiff.capture import Mode
 
@@ -21,6 +21,8 @@ ARMS = {
     "tensorized": "fastdiff: a step table per request, one step for all",
 }
 MODES: tuple[Mode, ...] = ("eager", "compiled")
+GRAPH: Mode = "step-graph"
+"""A further mode of tensorized arms, on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,23 @@ class Suite:
             if (name, (base, arm)) not in compared:
                 raise ValueError(f"{label}: no case {name!r} compares {base!r} with {arm!r}")
 
+    def with_graphs(self) -> Suite:
+        """The suite with a captured arm beside every compiled one of fastdiff's, for a CUDA device."""
+        compiled, graphed = "tensorized/compiled", f"tensorized/{GRAPH}"
+        images = tuple(
+            replace(case, arms=(*case.arms, graphed), compare=(*case.compare, (compiled, graphed)))
+            if compiled in case.arms and graphed not in case.arms
+            else case
+            for case in self.image
+        )
+        explained = {step.case for step in self.attribution if step.arm == compiled}
+        steps = tuple(
+            Step(label="+ graph: the compiled step captured", case=case.name, base=compiled, arm=graphed)
+            for case, former in zip(images, self.image, strict=True)
+            if case is not former and case.name in explained
+        )
+        return replace(self, image=images, attribution=(*self.attribution, *steps))
+
     def override(self, *, batch: int | None, scheduler: str | None, steps: int | None) -> Suite:
         """The suite with every concurrent case's batch, every sampler and step count replaced by those that are given.
 
@@ -234,9 +253,9 @@ def read(kind: type[T], where: str, table: Mapping[str, Any]) -> T:
 
 
 def split(arm: str) -> tuple[str, Mode]:
-    """The ownership and the mode of the model that "<ownership>/<mode>" names."""
+    """The ownership and the mode of the model that "<ownership>/<mode>" names; diffusers' own step() is eager."""
     name, _, mode = arm.partition("/")
-    return name, "compiled" if mode == "compiled" else "eager"
+    return name, cast(Mode, mode or "eager")
 
 
 def _tuples(value: Any) -> Any:
@@ -248,8 +267,9 @@ def _check_arms(case: ImageCase) -> None:
         raise ValueError(f"{case.name}: expected a workload of {', '.join(get_args(Workload))}, got {case.workload!r}")
     for arm in case.arms:
         name, _, mode = arm.partition("/")
-        if name not in ARMS or mode not in MODES:
-            raise ValueError(f"{case.name}: expected arms '<{'|'.join(ARMS)}>/<{'|'.join(MODES)}>', got {arm!r}")
+        if name not in ARMS or mode not in MODES + (GRAPH,) * (name == "tensorized"):
+            expected = f"'<{'|'.join(ARMS)}>/<{'|'.join(MODES)}>' or 'tensorized/{GRAPH}'"
+            raise ValueError(f"{case.name}: expected arms {expected}, got {arm!r}")
         if name == "shared-racing":
             raise ValueError(f"{case.name}: shared-racing is never timed; list it under [[fate]]")
     unknown: Sequence[str] = [arm for pair in case.compare for arm in pair if arm not in case.arms]

@@ -14,9 +14,9 @@ from fastdiff.bench.stats import ratio
 
 Verdict = Literal["REGRESSION", "IMPROVEMENT", "NO-CHANGE", "INCONCLUSIVE", "INVALID"]
 
-
-DELTA = 0.02  # the slowdown that counts
-MARGIN = 0.03  # the change that does not
+DELTA = 0.02  # the slowdown that counts, where no grade of the machine says another
+WIDTH = 1.5  # times the slowdown that counts: the change, either way, that does not
+MARGIN = WIDTH * DELTA
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ def judge(
     *,
     level: float = 0.99,
     delta: float = DELTA,
-    margin: float = MARGIN,
     least_pairs: int = 20,
 ) -> Judgement:
     """The verdict on rounds in which base and head ran once each: the Hodges-Lehmann estimate and its interval.
 
-    REGRESSION if the whole interval is above `delta`, NO-CHANGE if it is within `margin`. Both hold for ratios, so that
-    swapping base and head swaps REGRESSION and IMPROVEMENT exactly.
+    REGRESSION if the whole interval is above `delta`, NO-CHANGE if it is within WIDTH times that. Both hold for ratios,
+    so that swapping base and head swaps REGRESSION and IMPROVEMENT exactly.
     """
     pairs = min(len(base_s), len(head_s))
     if pairs < least_pairs:
@@ -52,7 +51,7 @@ def judge(
         measured = ratio(head_s, base_s, level)
     except ValueError as error:
         return _invalid(pairs, str(error))
-    return _judged(math.log(measured.value), math.log(measured.low), math.log(measured.high), pairs, delta, margin)
+    return _judged(math.log(measured.value), math.log(measured.low), math.log(measured.high), pairs, delta)
 
 
 def judge_processes(
@@ -60,7 +59,6 @@ def judge_processes(
     *,
     level: float = 0.99,
     delta: float = DELTA,
-    margin: float = MARGIN,
     least: int = 6,
 ) -> Judgement:
     """The verdict on ln(head / base), one number per pair of processes: their mean and its t interval.
@@ -74,11 +72,20 @@ def judge_processes(
         return _invalid(values.size, "expected log ratios that are finite")
     middle = float(values.mean())
     half = float(stdtrit(values.size - 1, 0.5 + level / 2) * values.std(ddof=1) / math.sqrt(values.size))
-    return _judged(middle, middle - half, middle + half, values.size, delta, margin)
+    return _judged(middle, middle - half, middle + half, values.size, delta)
 
 
-def _judged(middle: float, low: float, high: float, pairs: int, delta: float, margin: float) -> Judgement:
+def judged_at(judgement: Judgement, delta: float) -> Judgement:
+    """What the same interval says where another slowdown counts."""
+    if judgement.change is None or judgement.low is None or judgement.high is None:
+        return judgement
+    middle, low, high = (math.log1p(change) for change in (judgement.change, judgement.low, judgement.high))
+    return _judged(middle, low, high, judgement.pairs, delta)
+
+
+def _judged(middle: float, low: float, high: float, pairs: int, delta: float) -> Judgement:
     """The five rules, on logarithms of head / base."""
+    margin = WIDTH * delta
     beyond, within = math.log1p(delta), math.log1p(margin)
     verdict: Verdict
     if low > beyond:

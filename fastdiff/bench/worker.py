@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,13 +56,26 @@ class Side:
         self._seed: int = task["seed"]
         self._canary = torch.ones(CANARY_SHAPE, device=self.device)
         self._work: dict[str, Work] = {}
+        self._broken: dict[str, Exception] = {}
         chosen = suite.parse(task["suite"])
         for row in chosen.row:
             for mode in row.modes:
-                self._work[f"{row.name}, {mode}"] = self._row_work(row, mode)
+                self._add(f"{row.name}, {mode}", partial(self._row_work, row, mode))
         for image in chosen.image:
             for arm in image.arms:
-                self._work[f"{image.name}, {arm}"] = self._image_work(image, arm)
+                self._add(f"{image.name}, {arm}", partial(self._image_work, image, arm))
+
+    def _add(self, name: str, make: Callable[[], Work]) -> None:
+        """A case that this revision cannot make is an error to whoever asks about it, and to no other."""
+        try:
+            self._work[name] = make()
+        except Exception as error:
+            self._broken[name] = error
+
+    def _named(self, name: str) -> Work:
+        if name in self._broken:
+            raise self._broken[name]
+        return self._work[name]
 
     def _row_work(self, case: suite.RowCase, mode: Any) -> Work:
         block, lasts = self._rows.table_block(case, mode)
@@ -128,11 +142,11 @@ class Side:
 
     def figures(self, name: str) -> dict[str, int]:
         """What can be counted of a case."""
-        return self._work[name].figures()
+        return self._named(name).figures()
 
     def outputs(self, name: str, path: str) -> None:
         """What a case computes, as one array in a file."""
-        np.save(path, torch.stack([output.cpu().float() for output in self._work[name].outputs()]).numpy())
+        np.save(path, torch.stack([output.cpu().float() for output in self._named(name).outputs()]).numpy())
 
     def settle(self, core: int | None) -> None:
         """Before the first block: no garbage collection from here on, and on one core where there is but one thread."""
@@ -143,7 +157,8 @@ class Side:
 
     def block(self, name: str, repeats: int) -> float:
         """Seconds of so many blocks of a case."""
-        return sum(self._work[name].block().total_s for _ in range(repeats))
+        work = self._named(name)
+        return sum(work.block().total_s for _ in range(repeats))
 
     def canary(self, rows: int) -> float:
         """Seconds, by this revision's own stopwatch, of so many rows of work that is the same in every revision."""

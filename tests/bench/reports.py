@@ -85,6 +85,31 @@ def bare() -> dict[str, Any]:
     return report
 
 
+def small() -> dict[str, Any]:
+    """One of everything, three samples each."""
+    report = committed()
+    for section in ("rows", "setup", "counts", "fates", "errors", "memory"):
+        del report[section][1:]
+    report["images"] = [case for case in report["images"] if case["name"] == "mixed"]
+    case, sampler = report["memory"][0], report["errors"][0]["sampler"]
+    case["entries"] = [one for one in case["entries"] if one["sampler"] == sampler]
+    for one in (*report["images"], *report["rows"]):
+        for measured in one["arms"].values():
+            measured.update(total_s=measured["total_s"][:3], loop_s=measured["loop_s"][:3], gpu_s=[])
+    report["setup"][0]["call_s"] = {name: times[:3] for name, times in report["setup"][0]["call_s"].items()}
+    state = {"sm_mhz": 1980, "temperature_c": 55, "throttles": ["power cap"], "foreign_processes": 0}
+    report["rows"][0]["arms"]["diffusers"]["gpu"] = [state]
+    report.update(
+        gates=baseline_moved()["gates"], unsupported=[{"what": "x", "reason": "y"}], no_gain=[], target=[],
+        compile_cache={"denoiser, batch 8": "warm"}, attribution=report["attribution"][:1],
+    )  # fmt: skip
+    report["machine"]["packages"] = {name: report["machine"]["packages"][name] for name in ("torch", "diffusers")}
+    report["seconds"]["pieces"] = {"a": 1.0}
+    report["canaries"]["total_s"] = {"base": [0.02, 0.021]}
+    report["summary"] = {**summarize(report), "targets": summarize(report)["targets"][:1]}
+    return report
+
+
 def _make_wrong(case: dict[str, Any], arm: str, reason: str) -> None:
     case["arms"][arm].update(status="INVALID", reason=reason, error=None, total_s=[], loop_s=[])
     case["comparisons"] = [one for one in case["comparisons"] if arm not in (one["base"], one["arm"])]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.bench import ab, canary, machine, suite, worker
+from fastdiff.bench import ab, canary, machine, sides, suite, worker
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.verdict import DELTA
 
@@ -52,6 +52,7 @@ PLANTED = {
     },
     "wrong": {"fastdiff/step.py": STEP.format("_step(lambda *given: denoiser(*given) * 1.01, batch, *update)")},
     "broken": {"fastdiff/bench/rows.py": "raise RuntimeError('planted')\n"},
+    "one-broken": {"fastdiff/bench/arms.py": "\n\ndef requests_of(*given):\n    raise RuntimeError('planted')\n"},
     "pin": {"constraints.txt": "more==1.0\n"},
 }
 """By branch: files, and what is appended to each."""
@@ -130,6 +131,7 @@ def test_a_comment_changes_nothing(compare: Any) -> None:
     assert all(one["right"] for one in report["results"].values())
     assert page.startswith("# No change\n")
     assert f"{len(report['figures']['base'])} counted figures are the same in both" in page
+    assert report["uncommitted"] == []  # of what is checked out, which is not the head
 
 
 def test_a_host_sync_an_operation_and_a_leak_are_named(compare: Any) -> None:
@@ -164,7 +166,7 @@ def test_a_wrong_result_is_invalid_whatever_else_changed(compare: Any) -> None:
     ],
 )
 def test_parity(head: list[float], reason: str | None) -> None:
-    work = ab.Work(HOT, "row", max_s=1.0)
+    work = sides.Work(HOT, "row", max_s=1.0)
     assert ab._parity(work, np.array([1.0, 2.0]), np.array(head)) == {"right": reason is None, "reason": reason}
 
 
@@ -173,6 +175,30 @@ def test_a_revision_that_cannot_run_is_said(compare: Any) -> None:
     assert code == 4
     assert report["failed"] == {HOT: "head: the process ended: RuntimeError: planted"}
     assert f"- not measured: {HOT}: head: the process ended: RuntimeError: planted" in page
+
+
+def test_a_case_that_a_revision_cannot_make_fails_alone(compare: Any) -> None:
+    code, _, report = compare("one-broken", "")
+    assert code == 4
+    assert len(report["failed"]) == 2
+    assert set(report["failed"].values()) == {"head: RuntimeError: planted"}
+    assert list(report["results"]) == [HOT]
+    assert report["results"][HOT]["right"]
+    assert f"ops per row: {HOT}" in report["figures"]["head"]
+
+
+def test_what_no_commit_has_is_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    head = sides.resolve("HEAD")
+    assert sides.uncommitted(head) == []
+    step = repository / "fastdiff" / "step.py"
+    text = step.read_text()
+    try:
+        step.write_text(f"{text}# not committed\n")
+        assert sides.uncommitted(head) == ["fastdiff/step.py"]
+        assert sides.uncommitted(sides.resolve("wrong")) == []
+    finally:
+        step.write_text(text)
 
 
 def test_ctrl_c_leaves_nothing_behind(repository: Path, tmp_path: Path) -> None:
@@ -222,55 +248,74 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     assert expected in line
 
 
-def test_a_pair_of_processes_yields_one_number(repository: Path, tmp_path: Path) -> None:
+def test_a_pair_of_processes_yields_one_number_and_one_that_hangs_is_ended(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = suite.load("ab")
-    bench = ab.Bench(dict.fromkeys(ab.SIDES, repository), tmp_path, ab.document(chosen), "cpu", seed=0)
-    work = ab.Work(HOT, "row", max_s=0.1)
+    bench = sides.Bench(dict.fromkeys(sides.SIDES, repository), tmp_path, ab.document(chosen), "cpu", seed=0)
     with bench.pair() as pair:
         for process in pair.values():
             process.ask("settle", ab._core(0))
         order = np.random.default_rng(0)
-        assert math.isfinite(ab._log_ratio(pair, work, chosen.max_pairs, order))
-        canaries = ab._canary_log_ratios(pair, order)
-        assert canaries.keys() == canary.PROCESSES.keys()
-        assert all(map(math.isfinite, canaries.values()))
-        with pytest.raises(ab.CannotMeasure, match="head: KeyError: 'no such case'"):
+        for work in (sides.Work(HOT, "row", max_s=0.1), *ab.CANARIES):
+            assert math.isfinite(ab._log_ratio(pair, work, chosen.max_pairs, order))
+        with pytest.raises(sides.CannotMeasure, match="head: KeyError: 'no such case'"):
             pair["head"].ask("block", "no such case", 1)
+        monkeypatch.setattr(sides, "ANSWER_S", 0.5)
+        with pytest.raises(sides.Gone, match=r"head: no answer within 0\.5 s"):
+            pair["head"].ask("canary", 10**9)  # rows: for hours
+        with pytest.raises(sides.Gone, match="head: the process ended"):
+            pair["head"].ask("canary", 1)
+        assert pair["base"].ask("canary", 1) > 0
+
+
+COLD = "digits, cold"
 
 
 class MadeUp:
     """Stands for a Bench: pairs of processes whose times are made up, `head` by so much the slower.
 
-    `biased`: so much slower is the head's side of this machine, whatever it runs. `deaf`: the clock of canaries stands
-    still while there is more work than usual.
+    `biased`: so much slower is the head's side of this machine, whatever it runs. `turn`: so much longer takes a block
+    that follows one of the other side. `deaf`: the clock of canaries stands still while there is more work than usual.
+    `raises`, `dies`: from which pair on the cold case does so, and in which the processes do not even start.
     """
 
     def __init__(
-        self, slower: float, noise: float, lives: int = 100, *, biased: float = 0.0, deaf: bool = False
-    ) -> None:
-        self._slower, self._noise, self._lives, self._random = slower, noise, lives, np.random.default_rng(0)
-        self._biased, self._deaf, self._canaries = biased, deaf, np.random.default_rng(1)
+        self, slower: float, noise: float, *, biased: float = 0.0, turn: float = 0.0, deaf: bool = False,
+        raises: int = 100, dies: int = 100, starts: int = 100,
+    ) -> None:  # fmt: skip
+        self._slower, self._noise, self._biased, self._turn, self._deaf = slower, noise, biased, turn, deaf
+        self._raises, self._dies, self._starts = raises, dies, starts
+        self._random, self._canaries = np.random.default_rng(0), np.random.default_rng(1)
         self._speed: dict[str, float] = {}
+        self._last = ""
+        self.pairs = 0
 
     @contextmanager
-    def pair(self, sides: Sequence[str]) -> Iterator[dict[str, Any]]:
-        self._lives -= 1
-        self._speed = {side: math.exp(self._random.normal(0, self._noise)) for side in sides}
+    def pair(self, order: Sequence[str]) -> Iterator[dict[str, Any]]:
+        self.pairs += 1
+        if self.pairs >= self._starts:
+            raise sides.CannotMeasure("base: gone")
+        self._speed = {side: math.exp(self._random.normal(0, self._noise)) for side in order}
         self._speed["head"] *= 1 + self._biased
-        yield {side: SimpleNamespace(ask=partial(self._ask, side)) for side in sides}
+        yield {side: SimpleNamespace(ask=partial(self._ask, side)) for side in order}
 
     def _ask(self, side: str, question: str, *arguments: Any) -> float:
-        if self._lives == 0:
-            raise ab.CannotMeasure(f"{side}: gone")
+        if question == "settle":
+            return 0.0
+        speed = self._speed[side] * (1 + self._turn * (self._last != side))
+        self._last = side
         if question == "canary":
             rows = int(arguments[0])
             heard = rows // 11 * 10 if self._deaf and rows % 11 == 0 else rows
-            return 0.00005 * heard * self._speed[side] * float(self._canaries.normal(1, 0.02))
-        if question == "block":
-            slower = 1 + self._slower * (side == "head")
-            return 0.005 * slower * self._speed[side] * int(arguments[1]) * float(self._random.normal(1, 0.02))
-        assert question == "settle"
-        return 0.0
+            return 0.00005 * heard * speed * float(self._canaries.normal(1, 0.02))
+        assert question == "block"
+        if arguments[0] == COLD and self.pairs >= self._raises:
+            raise sides.CannotMeasure(f"{side}: no")
+        if arguments[0] == COLD and self.pairs >= self._dies:
+            raise sides.Gone(f"{side}: gone")
+        slower = 1 + self._slower * (side == "head")
+        return 0.005 * slower * speed * int(arguments[1]) * float(self._random.normal(1, 0.02))
 
 
 @pytest.mark.parametrize(
@@ -280,35 +325,61 @@ class MadeUp:
         (0.08, 0.01, "REGRESSION", 6),
         (-0.08, 0.01, "IMPROVEMENT", 6),
         (0.0, 0.015, "NO-CHANGE", 10),
-        (0.0, 0.2, "INCONCLUSIVE", 16),
     ],
 )
 def test_processes_are_started_until_a_look_decides(slower: float, noise: float, verdict: str, pairs: int) -> None:
     times, canaries, failed = compare_times(MadeUp(slower, noise))
     assert times[HOT]["judgement"]["verdict"] == verdict
     assert times[HOT]["judgement"]["pairs"] == len(times[HOT]["log_ratios"]) == pairs
+    assert times[HOT]["clocks"] == {}
     assert failed == {}
     assert canaries["doubt"] == ""
-    assert {len(canaries[name]["log_ratios"]) for name in canary.PROCESSES} == {pairs}
-    assert canaries["slower_10_percent"]["judgement"]["verdict"] == ("REGRESSION" if noise < 0.1 else "INCONCLUSIVE")
-    if noise < 0.01:
-        assert canaries["a_a"]["judgement"]["verdict"] == "NO-CHANGE"
+    assert canaries["slower_10_percent"]["judgement"]["verdict"] == "REGRESSION"
+    assert canaries["a_a"]["judgement"]["verdict"] == "NO-CHANGE"
+    assert len({len(canaries[name]["log_ratios"]) for name in canary.NAMES}) == 1
+
+
+def test_a_look_at_five_per_cent_more_finds_it_where_pairs_of_processes_differ_by_three() -> None:
+    found = 0
+    for seed in range(20):
+        made_up = MadeUp(0.05, 0.02)  # of either side: their ratio's is 2.8 %
+        made_up._random = np.random.default_rng(seed)
+        times, canaries, _ = compare_times(made_up)
+        found += times[HOT]["judgement"]["verdict"] == "REGRESSION"
+        assert canaries["doubt"] == ""
+    assert found >= 19
+
+
+def test_a_canary_that_is_undecided_gets_more_pairs_than_the_case_that_is_not() -> None:
+    times, canaries, _ = compare_times(MadeUp(0.3, 0.02))
+    judgement = times[HOT]["judgement"]
+    assert (judgement["verdict"], judgement["pairs"]) == ("REGRESSION", 6)
+    assert len(canaries["a_a"]["log_ratios"]) > 6
+    assert canaries["doubt"] == ""
+
+
+def test_what_a_turn_costs_biases_neither_canary_nor_case() -> None:
+    times, canaries, _ = compare_times(MadeUp(0.0, 0.005, turn=0.5))
+    assert abs(times[HOT]["judgement"]["change"]) < 0.02
+    assert abs(canaries["a_a"]["judgement"]["change"]) < 0.02
+    assert canaries["slower_10_percent"]["judgement"]["change"] == pytest.approx(0.1, abs=0.02)
 
 
 @pytest.mark.parametrize(
-    ("made_up", "doubt"),
+    ("made_up", "doubt", "pairs"),
     [
-        (MadeUp(0.0, 0.005, biased=0.08), "the same work in both was judged REGRESSION"),
-        (MadeUp(0.08, 0.005, biased=-0.08), "the same work in both was judged IMPROVEMENT"),
-        (MadeUp(0.0, 0.005, deaf=True), "a tenth more work in the head was judged NO-CHANGE"),
-        (MadeUp(0.08, 0.005, deaf=True), "a tenth more work in the head was judged NO-CHANGE"),
+        (MadeUp(0.0, 0.005, biased=0.08), "the same work twice was judged REGRESSION", 6),
+        (MadeUp(0.08, 0.005, biased=-0.08), "the same work twice was judged IMPROVEMENT", 6),
+        (MadeUp(0.0, 0.005, deaf=True), "a tenth more work was judged NO-CHANGE", 6),
+        (MadeUp(0.08, 0.005, deaf=True), "a tenth more work was judged NO-CHANGE", 6),
+        (MadeUp(0.0, 0.2), "a tenth more work was judged INCONCLUSIVE", 36),  # too noisy to find anything
     ],
 )
-def test_where_a_canary_is_amiss_no_time_has_a_verdict(made_up: MadeUp, doubt: str) -> None:
+def test_where_a_canary_is_amiss_no_time_has_a_verdict(made_up: MadeUp, doubt: str, pairs: int) -> None:
     times, canaries, _ = compare_times(made_up)
     assert canaries["doubt"].split("; ")[0] == doubt
     judgement = times[HOT]["judgement"]
-    assert (judgement["verdict"], judgement["pairs"]) == ("INVALID", 6)
+    assert (judgement["verdict"], judgement["pairs"]) == ("INVALID", pairs)
     assert judgement["reason"] == f"no time of this run is to be believed: {canaries['doubt']}"
     assert judgement["change"] is not None  # what was measured stays
     report = {**report_of(), "times": times, "canaries": canaries}
@@ -318,14 +389,37 @@ def test_where_a_canary_is_amiss_no_time_has_a_verdict(made_up: MadeUp, doubt: s
     assert f"- INVALID: no time of this run is to be believed: {doubt}" in page
 
 
-def test_a_process_that_dies_on_the_way_fails_the_undecided_cases() -> None:
-    assert compare_times(MadeUp(0.0, 0.01, lives=3)) == ({}, None, {HOT: "base: gone"})
+@pytest.mark.parametrize(
+    ("made_up", "why", "pairs"),
+    [
+        (MadeUp(0.08, 0.01, raises=3), "base: no", 6),
+        (MadeUp(0.08, 0.01, dies=3), "base: gone", 6),  # the rest of the third is measured in a fourth
+    ],
+)
+def test_a_case_that_fails_on_the_way_does_so_alone_and_hides_no_regression(
+    made_up: MadeUp, why: str, pairs: int
+) -> None:
+    times, canaries, failed = compare_times(made_up, COLD, HOT)
+    assert failed == {COLD: why}
+    assert list(times) == [HOT]
+    assert times[HOT]["judgement"]["verdict"] == "REGRESSION"
+    assert len(times[HOT]["log_ratios"]) == pairs
+    assert canaries["doubt"] == ""
+    assert ab.exit_code({**report_of(failed=True), "times": times, "canaries": canaries}) == 1
 
 
-def compare_times(bench: Any) -> tuple[dict[str, Any], Any, dict[str, str]]:
+def test_processes_that_do_not_start_fail_whatever_is_undecided_and_alone() -> None:
+    times, canaries, failed = compare_times(MadeUp(0.0, 0.01, starts=3), HOT, COLD)
+    assert (times, canaries) == ({}, None)
+    assert {HOT, COLD} <= failed.keys()
+    assert set(failed.values()) == {"base: gone"}
+
+
+def compare_times(bench: Any, *names: str) -> tuple[dict[str, Any], Any, dict[str, str]]:
     failed: dict[str, str] = {}
-    options = argparse.Namespace(processes=(6, 10, 16), seed=0)
-    times, canaries = ab._compare_times(bench, [ab.Work(HOT, "row", 100.0)], 10, options, DELTA, failed)
+    options = argparse.Namespace(processes=ab.LOOKS, seed=0, device="cpu")
+    work = [sides.Work(name, "row", 100.0) for name in names or (HOT,)]
+    times, canaries = ab._compare_times(bench, work, 10, options, DELTA, failed)
     return times, canaries, failed
 
 
@@ -340,8 +434,9 @@ def test_the_suite_comes_through_as_it_is_written() -> None:
 def report_of(verdict: str = "NO-CHANGE", change: str = "new", right: bool = True, failed: bool = False) -> Any:
     judgement = {"verdict": verdict, "change": 0.05, "low": 0.03, "high": 0.07, "pairs": 6, "reason": ""}
     return {
-        "revisions": {side: {"ref": side, "commit": "0" * 40} for side in ab.SIDES},
-        "settings": {"delta": 0.02},
+        "revisions": {side: {"ref": side, "commit": f"{number}" * 40} for number, side in enumerate(sides.SIDES)},
+        "uncommitted": [],
+        "settings": {"delta": 0.03, "level": 0.998, "looks": ab.LOOKS, "grade": "grade B"},
         "machine": machine.fingerprint(torch.device("cpu")),
         "results": {HOT: {"right": right, "reason": "differs"}},
         "figures": {"base": {}, "head": {"ops": 2}},
@@ -352,7 +447,7 @@ def report_of(verdict: str = "NO-CHANGE", change: str = "new", right: bool = Tru
             "a_a": {"judgement": {**judgement, "verdict": "NO-CHANGE", "change": 0.001}, "log_ratios": []},
             "slower_10_percent": {"judgement": {**judgement, "verdict": "REGRESSION"}, "log_ratios": []},
         },
-        "times": {HOT: {"judgement": judgement, "log_ratios": []}},
+        "times": {HOT: {"judgement": judgement, "log_ratios": [], "clocks": {}}},
         "why_no_times": "",
         "seconds": 120.0,
     }  # fmt: skip
@@ -375,9 +470,32 @@ def test_exit_codes_and_headlines(report: Any, code: int, headline: str) -> None
     assert ab.exit_code(report) == code
     page = ab.markdown(report)
     assert page.startswith(headline)
-    assert f"| {HOT} | +5.0% | +3.0% to +7.0% | 6 | " in page
-    assert "| canary: the same work in both | +0.1% | +3.0% to +7.0% | 6 | NO-CHANGE |" in page
+    excluded = "" if "INVALID" in headline and report["results"][HOT]["right"] else "above 7.0%"
+    assert f"| {HOT} | +5.0% | +3.0% to +7.0% | {excluded} | 6 | " in page
+    assert "| canary: the same work twice | +0.1% | +3.0% to +7.0% | above 7.0% | 6 | NO-CHANGE |" in page
+    assert (
+        "REGRESSION: slower, the whole interval by more than 3.0%. NO-CHANGE: the whole interval is within 4.5%" in page
+    )
+    assert "at 99.8%, 99% for all 5 looks together." in page
+    assert "Those 3.0% are of grade B." in page
     assert "took 12 s, 10% of the run." in page
+
+
+def test_the_headline_says_that_one_commit_was_compared_with_itself() -> None:
+    report = report_of()
+    report["revisions"]["head"] = report["revisions"]["base"]
+    assert ab.markdown(report).startswith("# A/A, one commit on both sides: No change\n")
+
+
+def test_the_page_says_what_was_on_neither_side_and_whether_clocks_were_held_down() -> None:
+    report = report_of()
+    assert "neither side" not in ab.markdown(report)
+    assert "held down" not in ab.markdown(report)
+    report["uncommitted"] = ["fastdiff/step.py"]
+    report["times"][HOT]["clocks"] = {"thermal slowdown": 3}
+    page = ab.markdown(report)
+    assert "- on neither side, because no commit has it: fastdiff/step.py\n" in page
+    assert f"- {HOT}: clocks were held down, by process pairs: thermal slowdown in 3\n" in page
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastdiff.bench.__main__ import main
+from fastdiff.bench.__main__ import _parser, main
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README_COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("python -m fastdiff.bench")
+]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -39,11 +50,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--quick", "-k", "nothing like it"), "no piece of smoke has 'nothing like it' in its title"),
         (("compare", "nowhere.json", "nowhere.json"), "nowhere.json: No such file"),
         (("compare",), "the following arguments are required: BASE, HEAD"),
+        (("--model", "{folder}", "--update-baseline"), "a baseline is of the shipped model's figures"),
+        (("--quick", "-k", "images", "--update-baseline"), "leaves out the piece 'deterministic figures'"),
         (("measure",), "invalid choice: 'measure'"),
     ],
 )
-def test_bad_arguments(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert expected in refused(capsys, *arguments)
+def test_bad_arguments(
+    arguments: tuple[str, ...], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert expected in refused(capsys, *(one.format(folder=tmp_path) for one in arguments))
 
 
 def test_list_and_dry_run_say_what_would_run_and_run_nothing(
@@ -55,16 +71,30 @@ def test_list_and_dry_run_say_what_would_run_and_run_nothing(
     assert len(titles) == 13
     assert "images: mixed" in titles
     assert main(["--quick", "--list", "-k", "images"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["images: sequential", "images: mixed"]
+    assert capsys.readouterr().out.splitlines() == ["images: sequential", "images: mixed", "canaries"]
     assert main(["--quick", "--dry-run", "-k", "mixed"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "     1 s  rows: mixed, hot",
         "    10 s  images: mixed",
-        "2 pieces, at most 11 s of sampling in 2 of them. "
+        "     3 s  canaries",
+        "3 pieces, at most 14 s of sampling in 3 of them. "
         "Warm-up, compilation and the pieces without a clock come on top; "
         "reports/ has no report of the same work that tells how long.",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", README_COMMANDS)
+def test_the_commands_of_the_readme_are_ones(line: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    here = {"DIR": str(tmp_path), "cuda": "cuda" if torch.cuda.is_available() else "cpu"}
+    given = [here.get(one, one) for one in shlex.split(line, comments=True)[3:]]
+    if "--help" in given:
+        with pytest.raises(SystemExit, match="0"):
+            _parser().parse_args(given)
+    else:
+        options = _parser().parse_args(given if given and not given[0].startswith("-") else ["run", *given])
+        assert callable(options.main)
 
 
 def test_a_folder_that_holds_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

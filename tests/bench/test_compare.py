@@ -15,6 +15,7 @@ import pytest
 from fastdiff.bench import schema
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.compare import compare, markdown
+from fastdiff.bench.outcome import exit_code
 from fastdiff.bench.summary import summarize
 
 COMMITTED = Path(__file__).parents[2] / "reports" / "digits-cpu-1"
@@ -78,7 +79,7 @@ def test_a_figure_that_could_not_be_measured_is_said_and_is_no_regression(
     assert command(tmp_path, base, head) == 4
     page = capsys.readouterr().out
     assert page.startswith("# 1 not measured\n")
-    assert "| host syncs per row: mixed, batch 8 | 0 |  | not measured |" in page
+    assert "| host syncs per row: mixed, batch 8 | 0 | - | not measured |" in page
     assert "Exact figures: none changed, 1 not measured." in page
     assert command(tmp_path, head, base) == 0  # here it is the base that lacks it
     assert "1 not measured" in capsys.readouterr().out
@@ -114,7 +115,7 @@ def test_another_case_under_the_same_name_cannot_be_told(base: Any, head: Any) -
 def test_an_arm_that_is_no_longer_timed_is_named(tmp_path: Path, base: Any, head: Any) -> None:
     head["rows"] = [case for case in head["rows"] if case["name"] != "DDIM"]
     compared = compare(base, head)
-    assert set(compared.missing) == {
+    assert set(compared.untimed) == {
         f"run::DDIM[{arm}]" for arm in ("diffusers", "tensorized/eager", "tensorized/compiled")
     }
     assert "- no longer timed: run::DDIM[diffusers]" in markdown(compared, "base", "head")
@@ -167,6 +168,40 @@ def test_a_wrong_answer_is_invalid(tmp_path: Path, base: Any, head: Any, capsys:
     assert "- INVALID: DDIM, tensorized/eager: differs from the reference by 1" in capsys.readouterr().out
 
 
+def test_interleaved_requests_that_went_wrong_and_nan_are_invalid_too(base: Any, head: Any) -> None:
+    head["fates"] = [one for one in head["fates"] if one["arm"] == "cloned-deepcopy"][:1]
+    head["fates"][0]["fates"][0]["fate"] = "silently wrong"
+    head["errors"][0]["fastdiff"] = None
+    compared = compare(base, head)
+    assert compared.exit_code(False) == exit_code(head) == 3
+    sampler = head["fates"][0]["sampler"]
+    assert compared.wrong == (
+        f"{sampler}, cloned-deepcopy: interleaved requests, concurrent-equal: silently wrong",
+        f"{head['errors'][0]['sampler']}, tensorized: infinities or NaN against float64",
+    )
+
+
+def test_a_head_that_could_not_count_does_not_pass(tmp_path: Path, base: Any, head: Any) -> None:
+    head["gates"] = None
+    compared = compare(base, head)
+    assert compared.exit_code(False) == 4
+    assert "- not measured: exact figures: base has them, head has none" in markdown(compared, "base", "head")
+    assert command(tmp_path, head, base) == 0  # here it is the base that lacks them
+    assert compare(head, head).exit_code(False) == 0
+
+
+def test_a_head_with_a_piece_that_could_not_run_does_not_pass(base: Any, head: Any) -> None:
+    head["unsupported"] = [{"what": "deterministic figures", "reason": "RuntimeError: no"}]
+    compared = compare(base, head)
+    assert compared.exit_code(False) == exit_code(head) == 4
+    page = markdown(compared, "base", "head")
+    assert page.startswith("# 1 not measured\n")
+    assert "- not measured: deterministic figures: RuntimeError: no" in page
+    head["gates"]["figures"]["ops per row: mixed, batch 8"] += 1
+    assert compare(base, head).exit_code(False) == 1
+    assert compare(head, base).exit_code(False) == 0
+
+
 def test_times_that_the_canaries_doubt_are_no_gate(base: Any, head: Any) -> None:
     head["canaries"] = {"doubt": "the same work twice was judged REGRESSION"}
     compared = compare(base, head)
@@ -214,9 +249,15 @@ def test_a_real_file_of_pytest_benchmark_is_read(tmp_path: Path) -> None:
 
 def test_what_is_no_report_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.json"
-    broken.write_text('{"fastdiff": {"schema"')
-    with pytest.raises(SystemExit) as stopped:
-        main(["compare", str(broken), str(COMMITTED)])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{broken}: cut off, or no JSON" in line
+    parts = '"results": {}, "failed": {}, "changes": [], "times": {}, "canaries": null'
+    for text, expected in (
+        ('{"fastdiff": {"schema"', "cut off, or no JSON"),
+        (json.dumps({"fastdiff": {**schema.load(COMMITTED), "machine": {}}}), "the report, machine, id: missing"),
+        ('{"schema": "fastdiff.ab/1", ' + parts + "}", "it is of ab, which has compared already"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            main(["compare", str(broken), str(COMMITTED)])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{broken}: {expected}" in line

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastdiff.bench import schema
 from fastdiff.bench.__main__ import main
+from fastdiff.bench.machine import fingerprint
 from fastdiff.bench.suite import load
 from tests.bench.reports import committed
 
@@ -23,6 +26,8 @@ name = "mine"
 samplers = ["Euler"]
 latent_shape = [4, 8, 8]
 """
+WRONG: dict[str, Any] = {"status": "INVALID", "reason": "why", "error": None, "total_s": [], "loop_s": []}
+ROW = {"arms": {"diffusers": WRONG}, "comparisons": []}
 TITLES = ("deterministic figures", "rows: mine", "canaries")
 
 
@@ -37,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def keep(folder: Path, name: str, took_s: float, **changes: Any) -> None:
     """A report of that suite, each piece of which took so long."""
     report = committed()
-    rows = [{**asdict(case), "arms": {}, "comparisons": []} for case in load("mine.toml").row]
+    rows = [{**ROW, **asdict(case)} for case in load("mine.toml").row]
     report.update(suite="mine", rows=rows, images=[], created="2030-01-02")
     report["seconds"]["pieces"] = dict.fromkeys(TITLES, took_s)
     report.update(changes)
@@ -61,17 +66,34 @@ def test_the_newest_report_of_the_same_work_tells_how_long(folder: Path, capsys:
     assert pieces == [f"     7 s  {title}" for title in TITLES]
     assert total.startswith("3 pieces, about 21 s in all: what they took in reports/b of 2030-01-03, on ")
     assert f"(fingerprint {committed()['machine']['id']})" in total
-    assert planned(capsys, "-k", "mine")[-1].startswith("1 pieces, about 7 s in all")
+    assert planned(capsys, "-k", "mine")[-1].startswith("2 pieces, about 14 s in all")
+
+
+def test_runs_that_are_not_kept_count_and_those_of_this_machine_come_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {**committed()["machine"], "cpu": "another"}
+    keep(folder, "kept", 9.0, machine=other, created="2030-01-09")
+    keep(folder, "runs/1", 7.0, machine=fingerprint(torch.device("cpu")), created="2030-01-03")
+    keep(folder, "runs/2", 5.0, machine=fingerprint(torch.device("cpu")))
+    keep(folder, "runs/3", 3.0, machine=other, created="2030-01-10")
+    assert "21 s in all: what they took in reports/runs/1 of 2030-01-03" in planned(capsys)[-1]
+    shutil.rmtree(folder / "reports" / "runs" / "1")
+    shutil.rmtree(folder / "reports" / "runs" / "2")
+    assert "9 s in all: what they took in reports/runs/3 of 2030-01-10, on another" in planned(capsys)[-1]
 
 
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
         ({"suite": "other"}, ()),
-        ({"seconds": {"pieces": {"rows: mine": 9.0}}}, ()),
+        ({"seconds": {"all": 9.0, "compile": 0.0, "pieces": {"rows: mine": 9.0}}}, ()),
         ({"settings": {**committed()["settings"], "device": "cuda:0"}}, ()),
         ({"model": {**committed()["model"], "name": "other"}}, ()),
-        ({"rows": [{**asdict(load("run").row[0]), "name": "mine", "arms": {}, "comparisons": []}]}, ()),
+        (
+            {"rows": [{**ROW, **asdict(load("run").row[0]), "name": "mine"}]},
+            (),
+        ),
         ({}, ("--steps", "3")),
     ],
 )

@@ -14,9 +14,18 @@ import pytest
 
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.export import csv, index, junit
-from fastdiff.bench.outcome import comparisons, headline, outcome, tally, unvouched
-from fastdiff.bench.report import STEP_SUMMARY_BYTES, break_even_table, escape, facts, markdown, print_tables, tables
-from fastdiff.bench.run import exit_code
+from fastdiff.bench.outcome import comparisons, exit_code, headline, outcome, tally, unvouched
+from fastdiff.bench.page import html
+from fastdiff.bench.report import (
+    STEP_SUMMARY_BYTES,
+    break_even_table,
+    compile_table,
+    facts,
+    markdown,
+    print_tables,
+    tables,
+)
+from fastdiff.bench.words import escape
 from tests.bench.reports import (
     COMMITTED,
     HOSTILE,
@@ -116,12 +125,13 @@ def test_a_figure_that_could_not_be_measured_is_told_and_is_no_regression() -> N
     assert dict(facts(report))["Deterministic figures"] == (
         f"1 compared with torch-2-cuda; none moved; not measured: {name}"
     )
-    assert outcomes(report)["figures: skipped"] == ["not measured: 450 -> None"]
+    assert outcomes(report)["figures: error"] == ["not measured: 450 -> None"]
     assert f"| {name} | 450 | - |  | not measured |" in markdown(report)
     report["gates"]["changes"] = None
     assert outcome(report).word == "INCOMPLETE"
     report["gates"] |= {"figures": {name: 450}, "changes": [{**change, "base": None, "head": 450}]}
     assert outcome(report).sentence.endswith("compared with the baseline, which has not measured 1, none moved")
+    assert outcomes(report)["figures: skipped"] == ["not measured: None -> 450"]
     assert exit_code(report) == 0
 
 
@@ -141,7 +151,7 @@ def test_a_table_that_led_to_nan_is_invalid() -> None:
     one = report["errors"][0]
     one["fastdiff"] = None
     assert (outcome(report).word, outcome(report).alarming) == ("INVALID", True)
-    assert outcome(report).sentence == f"{one['sampler']}: infinities or NaN against float64"
+    assert outcome(report).sentence == f"1 wrong answer, however fast: {one['sampler']}, tensorized"
     assert exit_code(report) == 3
     assert outcomes(report)["errors: failure"] == ["INVALID: infinities or NaN against float64"]
     assert f"| {one['sampler']}, {one['steps']} steps | {one['diffusers']:.1e} | **not finite** |" in markdown(report)
@@ -176,7 +186,7 @@ def test_markdown_fits_a_step_summary_and_says_what_it_leaves_out() -> None:
 def test_markdown_opens_with_the_verdict_and_keeps_every_table_whole() -> None:
     report = hostile()
     page = markdown(report)
-    assert page.split("\n\n")[1].startswith("**INVALID**: 1 arm answered wrongly")
+    assert page.split("\n\n")[1].startswith("**INVALID**: 1 wrong answer, however fast: ")
     assert "<" not in page.replace("<br>", "")
     for table in tables(report):
         start = page.index(f"## {escape(table.title)}")
@@ -201,10 +211,29 @@ def test_compilation_pays_off_after_its_time_over_what_it_saves() -> None:
         for mode, time_s in (("eager", 0.8), ("compiled", 0.4))
     }
     case = {**committed()["images"][2], "name": "x", "batch": 4, "arms": arms, "compare": [], "comparisons": []}
-    report.update(images=[case], compile_s={"denoiser and step, batch 4": 2.05})
-    assert break_even_table(report).rows == (("x: tensorized, batch 4", "2.0 s", "100 ms", "21 images"),)
+    what = "denoiser and step, batch 4"
+    report.update(images=[case], compile_s={what: 2.05}, compile_cache={what: "cold"})
+    assert break_even_table(report).rows == (("x: tensorized, batch 4", "2.0 s, cold", "100 ms", "21 images"),)
+    assert compile_table(report).rows == ((what, "2.0 s", "cold"),)
     arms["tensorized/compiled"]["total_s"] = [0.9] * 3
     assert break_even_table(report).rows[0][3] == "never: no faster than eager"
+
+
+def test_a_first_call_from_a_warm_cache_has_no_break_even() -> None:
+    report = committed()
+    assert "compile_cache" not in report  # it is of before that was recorded
+    untold = break_even_table(report).rows
+    assert untold
+    for row in untold:
+        assert row[1].endswith(", not recorded")
+        assert "images" not in row[3] or row[3].endswith(", if the cache was cold: it was not recorded")
+    report["compile_cache"] = dict.fromkeys(report["compile_s"], "warm")
+    for row in break_even_table(report).rows:
+        assert row[1].endswith(", warm")
+        assert "images" not in row[3]
+        assert "TORCHINDUCTOR_CACHE_DIR" in row[3] or "never" in row[3]
+    for page in (markdown(report), html(report)):
+        assert "warm cache, run with an empty TORCHINDUCTOR_CACHE_DIR for it" in page
 
 
 def test_what_a_gpu_did_between_blocks_is_shown() -> None:
@@ -243,7 +272,7 @@ def test_junit_fails_what_is_wrong_and_skips_what_nobody_knows() -> None:
     found = outcomes(report)
     assert len(found["images: failure"]) == 1
     assert found["images: failure"][0].startswith("INVALID: tensorized/eager: <script>alert(1)</script>")
-    assert found["pieces: skipped"][0].startswith("unsupported: </table>")
+    assert found["pieces: error"][0].startswith("unsupported: </table>")
     assert outcomes(baseline_moved())["figures: failure"] == ["REGRESSION: 412 -> 438"]
     assert outcomes(doubtful())["instrument: failure"] == ["INVALID: a tenth more work was judged NO-CHANGE"]
     assert not any("failure" in kind for kind in outcomes(committed()))
@@ -277,6 +306,96 @@ def test_csv_has_the_figures_of_the_report() -> None:
     assert one["samples"] == len(case["arms"]["tensorized/compiled"]["total_s"])
     (first, *_) = list(csv_module.DictReader(io.StringIO(csv(hostile()))))
     assert first["model"] == first["case"] == HOSTILE
+
+
+def pair(**parts: Any) -> dict[str, Any]:
+    """What ab.json has of two revisions that are the same, but for `parts`."""
+    same = {"judgement": judgement("NO-CHANGE", 0.001)}
+    return {
+        "schema": "fastdiff.ab/1", "results": {"mixed, eager": {"right": True, "reason": None}}, "failed": {},
+        "changes": [], "times": {"mixed, eager": same}, "canaries": {"doubt": ""}, **parts,
+    }  # fmt: skip
+
+
+def outcomes_of_pair(folder: Path, **parts: Any) -> list[tuple[str, str, str]]:
+    """Kind of testcase, tag and message, by way of the command."""
+    (folder / "ab.json").write_text(json.dumps(pair(**parts)))
+    assert main(["report", str(folder), "--junit", str(folder / "ab.xml")]) == 0
+    suite = ElementTree.parse(folder / "ab.xml").getroot()
+    found = [
+        (case.attrib["classname"], child.tag, child.attrib["message"])
+        for case in suite.findall("testcase")
+        for child in case
+    ]
+    assert int(suite.attrib["tests"]) == len(suite.findall("testcase")) > 0
+    counted = sum(int(suite.attrib[name]) for name in ("failures", "errors", "skipped"))
+    assert counted == len(found)
+    return found
+
+
+def test_junit_of_ab_names_what_regressed_and_the_counts_that_grew_with_it(tmp_path: Path) -> None:
+    assert outcomes_of_pair(tmp_path) == []
+    grown = [
+        {"name": "ops per row: mixed, eager", "base": 21, "head": 22, "verdict": "REGRESSION"},
+        {"name": "ops per row: other, eager", "base": 21, "head": 20, "verdict": "IMPROVEMENT"},
+    ]
+    slower = {"mixed, eager": {"judgement": judgement("REGRESSION", 0.12)}}
+    assert outcomes_of_pair(tmp_path, changes=grown, times=slower) == [
+        ("figures", "failure", "REGRESSION: 21 -> 22"),
+        ("times", "failure", "REGRESSION: +12.0% [+11.0%, +13.0%]; ops per row: mixed, eager 21 -> 22"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"results": {"a": {"right": False, "reason": "differs"}}}, ("results", "failure", "INVALID: differs")),
+        ({"failed": {"a": "the process ended"}}, ("cases", "error", "not measured: the process ended")),
+        ({"times": {"a": {"judgement": judgement("INCONCLUSIVE", 0.01)}}}, ("times", "skipped", "INCONCLUSIVE: why")),
+        ({"times": {"a": {"judgement": judgement("INVALID", None)}}}, ("times", "failure", "INVALID: why")),
+        ({"canaries": {"doubt": "amiss"}}, ("instrument", "failure", "INVALID: amiss")),
+        (
+            {"changes": [{"name": "a", "base": 1, "head": None, "verdict": "not measured"}]},
+            ("figures", "error", "not measured: 1 -> None"),
+        ),
+    ],
+)
+def test_junit_of_ab(parts: dict[str, Any], expected: tuple[str, str, str], tmp_path: Path) -> None:
+    assert outcomes_of_pair(tmp_path, **parts) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        (pair(), (), "is of ab: expected --junit and nothing else"),
+        (pair(), ("--csv", "x.csv"), "is of ab: expected --junit and nothing else"),
+        ({**pair(), "times": {"a": {}}}, ("--junit", "x.xml"), "the report, times, a, judgement: missing"),
+    ],
+)
+def test_of_ab_there_is_junit_and_nothing_else(
+    content: dict[str, Any],
+    options: tuple[str, ...],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "ab.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(tmp_path / "ab.json"), *options])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_an_arm_is_never_called_by_anothers_mode() -> None:
+    report = committed()
+    (case,) = [case for case in report["images"] if case["name"] == "mixed"]
+    arms = {"tensorized/step-graph": case["arms"]["tensorized/compiled"], **case["arms"]}
+    case["arms"] = arms
+    rows = pandas.read_csv(io.StringIO(csv(report)))
+    found = rows[(rows["case"] == "mixed") & (rows["ownership"] == "tensorized")]
+    assert sorted(found["mode"]) == ["compiled", "eager", "step-graph"]
+    assert '<th scope="col">tensorized / step-graph</th>' in html(report)  # a column of its own
 
 
 # The index and the command

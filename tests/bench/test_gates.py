@@ -159,7 +159,7 @@ class Counts:
 def test_a_graph_break_and_a_recompile_are_named(
     worse: Denoiser, figure: str, bench: Workbench, known: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(bench.family), "denoiser", worse)
+    monkeypatch.setattr(bench.family, "denoiser", worse)
     assert f"{figure}: mixed requests, one batch size" in regressions(gates._compilation(bench), known)
 
 
@@ -179,6 +179,9 @@ def test_a_larger_state_is_named(known: dict[str, int]) -> None:
         ("peak bytes", 1000, 989, "IMPROVEMENT"),
         ("peak bytes", 0, 1, "REGRESSION"),
         ("peak bytes", 1000, None, "REGRESSION"),
+        ("state bytes: digits", 1_000_000, 1_000_016, "REGRESSION"),  # far below a hundredth, and exact
+        ("state bytes: digits", 1_000_000, 999_984, "IMPROVEMENT"),
+        ("bytes left by 8 requests", 1_000_000, 1_000_001, "REGRESSION"),
         ("ops per row", None, 3, "new"),
     ],
 )

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from fastdiff.bench import schema
-from fastdiff.bench.outcome import outcome
+from fastdiff.bench.outcome import exit_code, outcome
 from fastdiff.bench.page import Axis, emphasis, html, strip
 from fastdiff.bench.report import markdown
-from fastdiff.bench.run import exit_code
 from tests.bench.browser import CHROMIUM, Browser
 from tests.bench.reports import COMMITTED, bare, baseline_moved, committed, doubtful, hostile, wrong
 

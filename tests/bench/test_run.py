@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastdiff.bench import arms, cells, gates, schema
+from fastdiff.bench import arms, canary, cells, gates, schema
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.arms import Workbench
+from fastdiff.bench.outcome import exit_code, outcome
 from fastdiff.bench.report import attribution_table, markdown, markdown_table, tables
 from fastdiff.bench.rows import RowBench
-from fastdiff.bench.run import exit_code
-from fastdiff.bench.suite import FateCase, Suite, parse
+from fastdiff.bench.suite import FateCase, Suite, load, parse
 from fastdiff.bench.summary import summarize
 
 
@@ -53,7 +54,7 @@ def test_every_other_arm_gets_interleaved_requests_right(tiny_pipe: Any) -> None
     assert set(map(tuple, fates.values())) == {("right", "right")}
 
 
-IMAGE_SUITE = {
+IMAGE_SUITE: dict[str, Any] = {
     "threads": 1,
     "half_width": 1.0,
     "max_pairs": 8,
@@ -143,8 +144,6 @@ def quick(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which `--quick` ran, at its smallest."""
     import os
 
-    import torch
-
     threads, home, folder = torch.get_num_threads(), Path.cwd(), tmp_path_factory.mktemp("quick")
     os.chdir(folder)
     try:
@@ -198,8 +197,11 @@ def test_every_run_carries_its_canaries_and_its_exact_figures(quick: Path) -> No
     lengths = {len(times) for times in report["canaries"]["total_s"].values()}
     assert len(lengths) == 1
     assert lengths.pop() >= 8
-    wrong = report["canaries"]["slower_10_percent"]["verdict"] != "REGRESSION"
-    assert wrong <= bool(report["canaries"]["doubt"])
+    known = report["canaries"]
+    assert canary.judged(known["total_s"], report["settings"]["level"]) == known  # what its samples say
+    found = known["slower_10_percent"]["verdict"] == "REGRESSION"
+    same = known["a_a"]["verdict"] in ("NO-CHANGE", "INCONCLUSIVE")
+    assert (known["doubt"] == "") == (found and same)
     assert report["gates"]["figures"]["host syncs per row: mixed, batch 8"] == 0
     assert report["gates"]["changes"] is None  # the baseline is the shipped model's, and this is another
 
@@ -219,10 +221,59 @@ def test_a_run_gates_on_the_committed_figures(
     assert main(only) == 1
     captured = capsys.readouterr()
     assert f"REGRESSION: {name}: {figures[name] - 1} -> {figures[name]}" in captured.err
+    grown = path.read_text()
+    assert main([*only, "--update-baseline"]) == 0  # accepted, and said
+    accepted = capsys.readouterr()
+    assert f"REGRESSION: {name}: {figures[name] - 1} -> {figures[name]}" in accepted.err
+    assert outcome(json.loads(accepted.out)["fastdiff"]).word == "ACCEPTED"
+    assert json.loads(path.read_text()) == figures
+    path.write_text(grown)
     report = json.loads(captured.out)["fastdiff"]
     assert {one["name"] for one in report["gates"]["changes"]} == {name, "gone"}
     assert not report["complete"]  # a part of the suite
     assert report["canaries"] is None
+
+
+def test_a_timed_piece_brings_the_canaries_along() -> None:
+    whole = list(cells.pieces(load("smoke"), 0))
+
+    def chosen(text: str) -> list[str]:
+        return [piece.title for piece in cells.choose(whole, text)]
+
+    assert chosen("") == [piece.title for piece in whole]
+    assert chosen("images: mixed") == ["images: mixed", "canaries"]
+    assert chosen("set-up: Euler") == ["set-up: Euler", "canaries"]
+    assert chosen("deterministic figures") == ["deterministic figures"]  # nothing there is timed
+    assert chosen("canaries") == ["canaries"]
+    assert chosen("nothing like it") == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_graphs_without_a_gpu_are_unsupported_by_name(tiny_pipe: Any) -> None:
+    case = {**IMAGE_SUITE["image"][0], "arms": ["tensorized/step-graph"], "compare": []}
+    raw = measured(tiny_pipe, parse({"threads": 1, "row_max_s": 0, "image": [case]}))
+    assert raw["images"] == []
+    (one,) = raw["unsupported"]
+    assert one["what"] == "images: mixed"
+    assert one["reason"].startswith("CannotCapture: CUDA graphs need a CUDA device")
+
+
+@pytest.mark.compiles
+@pytest.mark.usefixtures("one_thread")
+def test_a_first_call_is_cold_with_an_empty_cache_and_warm_with_a_full_one(
+    tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    case = {
+        "name": "row", "samplers": ["Euler"], "latent_shape": [1, 2, 3], "batch": 1, "steps": 3, "modes": ["compiled"]
+    }  # fmt: skip
+    suite = parse({"threads": 1, "row_max_s": 0, "row": [case]})
+    what = "null-model step, 1x2x3, batch 1"
+    for expected in ("cold", "warm"):
+        raw = measured(tiny_pipe, suite)
+        assert raw["compile_cache"] == {what: expected}
+        assert raw["compile_s"].keys() == {what}
+        torch._dynamo.reset()  # or the second would find the first one's code in this process
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import numpy as np
 import pytest
 from pytest_benchmark.stats import Stats
 
+from fastdiff.bench import compare as compared
 from fastdiff.bench import schema
+from fastdiff.bench.export import junit
+from fastdiff.bench.outcome import exit_code
+from fastdiff.bench.page import html
+from fastdiff.bench.report import markdown
 from fastdiff.bench.schema import BadReport, benchmarks, document, load, statistics
+from tests.bench.reports import small
 
 COMMITTED = sorted((Path(__file__).parents[2] / "reports").glob("digits-cpu-*"))
 
@@ -70,15 +80,39 @@ def test_pytest_benchmarks_own_command_compares_our_files(tmp_path: Path) -> Non
     assert done.stdout.count("2 tests") == len(benchmarks(load(COMMITTED[0])))
 
 
-def test_github_action_benchmark_finds_what_it_extracts() -> None:
-    """Its `pytest` tool: name, value and unit, range and extra of each entry (src/extract.ts)."""
-    for one in document(load(COMMITTED[0]))["benchmarks"]:
-        stats = one["stats"]
-        assert isinstance(one["fullname"], str)
-        assert stats["ops"] > 0
-        assert stats["stddev"] >= 0
-        assert 0 < stats["mean"] < 60
-        assert stats["rounds"] >= 8
+def extract_pytest_result(output: str) -> list[dict[str, Any]]:
+    """github-action-benchmark's extractPytestResult (src/extract.ts), line by line."""
+    found = []
+    for bench in json.loads(output)["benchmarks"]:
+        stats = bench["stats"]
+        mean, unit = stats["mean"], "sec"
+        for smaller in ("msec", "usec", "nsec"):
+            if mean >= 1:
+                break
+            mean, unit = mean * 1000, smaller
+        found.append(
+            {
+                "name": bench["fullname"], "value": stats["ops"], "unit": "iter/sec",
+                "range": f"stddev: {stats['stddev']}", "extra": f"mean: {mean} {unit}\nrounds: {stats['rounds']}",
+            }
+        )  # fmt: skip
+    return found
+
+
+def test_github_action_benchmark_extracts_the_raw_samples_figures() -> None:
+    report = load(COMMITTED[0])
+    found = {one["name"]: one for one in extract_pytest_result((COMMITTED[0] / "report.json").read_text())}
+    assert len(found) == len(benchmarks(report))  # a name twice would be one chart
+    for case in report["images"]:
+        for arm, measured in case["arms"].items():
+            images_s = [time / case["batch"] for time in measured["total_s"]]
+            one = found[f"run::{case['name']}[{arm}]"]
+            assert one["value"] == pytest.approx(len(images_s) / sum(images_s))
+            assert float(one["range"].removeprefix("stddev: ")) == pytest.approx(stdev(images_s))
+            extra = re.fullmatch(r"mean: ([\d.]+) msec\nrounds: (\d+)", one["extra"])
+            assert extra is not None
+            assert float(extra[1]) == pytest.approx(1e3 * sum(images_s) / len(images_s))
+            assert int(extra[2]) == len(images_s)
 
 
 def refused(tmp_path: Path, content: str | bytes) -> str:
@@ -104,21 +138,68 @@ def without(part: str) -> str:
     return json.dumps(content)
 
 
+def changed(part: str, value: Any) -> str:
+    content = json.loads((COMMITTED[0] / "report.json").read_text())
+    content["fastdiff"][part] = value
+    return json.dumps(content)
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in JSON, of a list's the first."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for name, part in inside:
+        yield (*above, name)
+        yield from places(part, (*above, name))
+
+
+def test_whatever_is_missing_a_report_is_refused_or_every_page_is_made_of_it(tmp_path: Path) -> None:
+    """In turn, each thing in it is left out, or is something else."""
+    report, file = small(), tmp_path / "report.json"
+    tried, accepted, gone = 0, 0, object()
+    for place in places(report):
+        for other in (gone, None, {}, "x", -1):
+            amiss = copy.deepcopy(report)
+            inside = amiss
+            for name in place[:-1]:
+                inside = inside[name]
+            if other is gone:
+                del inside[place[-1]]
+            else:
+                inside[place[-1]] = other
+            file.write_text(json.dumps({"fastdiff": amiss}))
+            tried += 1
+            with suppress(BadReport):
+                read = load(file)
+                for make in (markdown, html, junit, exit_code):
+                    make(read)
+                for pair in ((report, read), (read, report)):
+                    compared.markdown(compared.compare(*pair), "base", "head")
+                accepted += 1
+    assert 0 < 2 * accepted < tried
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("[1, 2]", "got JSON that is a list"),
         ("{}", "got other JSON"),
         ('{"benchmarks": 3, "machine_info": {}}', "got other JSON"),
-        ('{"benchmarks": [1], "machine_info": {}}', "a benchmark without"),
-        ('{"benchmarks": [{"fullname": "x", "stats": {"median": 0}}], "machine_info": {}}', "a benchmark without"),
+        ('{"benchmarks": [1], "machine_info": {}}', "benchmarks, 0: expected an object, got 1"),
+        (
+            '{"benchmarks": [{"fullname": "x", "stats": {"median": 0}}], "machine_info": {}}',
+            "benchmarks, 0, stats, median: expected a number above 0, got 0",
+        ),
         ('{"fastdiff": 1}', "expected a report of schema"),
         ('{"fastdiff": {"schema": "fastdiff.bench/99"}}', "expected a report of schema 'fastdiff.bench/1'"),
         ('{"schema": "fastdiff.bench/1", "suite": "run"}', "measure again"),
         ('{"fastdiff": NaN}', "NaN is no number"),
         (b"\xff\xfe\x00", "bytes that are no text"),
-        (without("images"), "a report without 'images'"),
-        (without("summary"), "a report without 'summary'"),
+        (without("images"), "the report, images: missing"),
+        (without("summary"), "the report, summary: missing"),
+        (changed("machine", {}), "the report, machine, id: missing"),
+        (changed("rows", [{}]), "the report, rows, 0, name: missing"),
+        (changed("complete", 1), "the report, complete: expected true or false, got 1"),
+        (changed("commit", None), "the report, commit: expected an object, got None"),
     ],
 )
 def test_foreign_json_is_refused(tmp_path: Path, content: str | bytes, reason: str) -> None:

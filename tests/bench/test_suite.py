@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastdiff.bench.cells import pieces
-from fastdiff.bench.suite import load, parse
+from fastdiff.bench.suite import load, parse, split
 
 MINIMAL: dict[str, Any] = {"threads": 1, "row_max_s": 1}
 ROW = {"name": "r", "samplers": ["Euler"], "latent_shape": [4, 8, 8]}
@@ -85,6 +85,38 @@ def test_the_run_compiles_at_most_four_callables() -> None:
 def test_what_has_no_meaning_is_refused(document: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(document)
+
+
+def test_a_cuda_device_has_a_captured_arm_beside_every_compiled_one() -> None:
+    suite = load("run").with_graphs()
+    compiled, graphed = "tensorized/compiled", "tensorized/step-graph"
+    assert any(graphed in case.arms for case in suite.image)
+    for case in suite.image:
+        assert (graphed in case.arms) == (compiled in case.arms) == ((compiled, graphed) in case.compare)
+    (step,) = [step for step in suite.attribution if step.arm == graphed]
+    assert (step.case, step.base) == ("mixed", compiled)
+    assert suite.with_graphs() == suite
+    assert load("smoke").with_graphs() == load("smoke")
+    assert suite.override(batch=4, scheduler=None, steps=None).image[0].batch in (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        ("diffusers", ("diffusers", "eager")),
+        ("pipeline/eager", ("pipeline", "eager")),
+        ("tensorized/compiled", ("tensorized", "compiled")),
+        ("tensorized/step-graph", ("tensorized", "step-graph")),
+    ],
+)
+def test_an_arm_names_its_mode(arm: str, expected: tuple[str, str]) -> None:
+    assert split(arm) == expected
+
+
+@pytest.mark.parametrize("arm", ["cloned-deepcopy/step-graph", "tensorized/loop-graph", "tensorized/fast"])
+def test_an_arm_in_a_mode_that_it_has_not_is_refused(arm: str) -> None:
+    with pytest.raises(ValueError, match="expected arms"):
+        parse({**MINIMAL, "image": [{**IMAGE, "arms": [arm], "compare": []}]})
 
 
 def test_overrides_reach_every_case_and_drop_what_they_made_meaningless() -> None:

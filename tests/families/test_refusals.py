@@ -75,7 +75,9 @@ def test_a_unet_that_takes_guidance_as_an_input_is_refused_and_accelerate_serves
 def test_a_unet_with_an_ip_adapter_is_refused(name: str) -> None:
     unet = diffusers.UNet2DConditionModel.from_config(tiny(name).unet.config)
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")  # as loading an IP-Adapter does
-    with pytest.raises(PlanMismatch, match=r"text alone, got encoder_hid_dim_type 'ip_image_proj'.*fastdiff.accelerate"):
+    with pytest.raises(
+        PlanMismatch, match=r"text alone, got encoder_hid_dim_type 'ip_image_proj'.*fastdiff.accelerate"
+    ):
         Runtime(other(name, unet=unet))
 
 

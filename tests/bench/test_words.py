@@ -1,0 +1,36 @@
+"""Tables that stay tables whatever stands in them, and figures in few words."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdiff.bench.words import byte_count, counted, duration, number, table
+
+
+def test_a_table_holds_words_to_the_left_and_figures_to_the_right() -> None:
+    assert table(("case", "time", ""), [("a | b\n<c>", "1 ms", "slower")], words=(0, 2)).splitlines() == [
+        "| case | time |  |",
+        "| --- | ---: | --- |",
+        "| a \\| b &lt;c> | 1 ms | slower |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (number(None), "-"),
+        (number(1234567), "1,234,567"),
+        (counted(1, "piece"), "1 piece"),
+        (counted(0, "piece"), "0 pieces"),
+        (byte_count(None), "-"),
+        (byte_count(1023), "1023 B"),
+        (byte_count(1024), "1.0 KiB"),
+        (byte_count(3 * 2**19), "1.5 MiB"),
+        (duration(None, "image"), "-"),
+        (duration(0.0123456, "image"), "12.3 ms"),
+        (duration(0.0123456, "row"), "12346 us"),
+        (duration(0.0000012, "row"), "1.2 us"),
+    ],
+)
+def test_figures(written: str, expected: str) -> None:
+    assert written == expected
