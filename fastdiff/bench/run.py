@@ -80,11 +80,10 @@ def main(options: argparse.Namespace) -> int:
     torch.set_num_threads(chosen.threads)  # the fingerprint has them
     journal = _journal(options, chosen)
     try:
-        report = measure(options, chosen, pieces, journal)
+        report = measure(options, chosen, pieces, journal, complete=len(pieces) == len(whole))
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped after {len(journal.finished)} pieces; the same with --resume goes on from there\n")
         return INTERRUPTED
-    report["complete"] = len(pieces) == len(whole)
     write(options, report, journal)
     return exit_code(report)
 
@@ -120,8 +119,10 @@ def _journal(options: argparse.Namespace, chosen: Suite) -> Journal:
         refuse(f"another run was started here within this second; see {RUNS}")
 
 
-def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece], journal: Journal) -> dict[str, Any]:
-    """The report of `pieces`: those that the journal lacks are measured, and added to it."""
+def measure(
+    options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece], journal: Journal, *, complete: bool
+) -> dict[str, Any]:
+    """The report of `pieces`, all of the suite's if `complete`: those that the journal lacks are measured, and added."""
     resumed = len(journal.finished)
     if [one["title"] for one in journal.finished] != [piece.title for piece in pieces[:resumed]]:
         refuse(f"--resume: {journal.folder}: its pieces are not this suite's; start a new run")
@@ -162,6 +163,7 @@ def measure(options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece],
         "machine": fingerprint,
         "commit": commit(),
         "resumed": resumed,
+        "complete": complete,
         **raw,
     }
     return {**report, "summary": summarize(report)}

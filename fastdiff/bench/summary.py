@@ -12,10 +12,10 @@ Report = Mapping[str, Any]
 
 
 def summarize(report: Report) -> dict[str, Any]:
-    """The report's "summary", worked out from everything else in it."""
+    """The report's "summary", worked out from everything else in it: of a part of the suite, what that part has."""
     return {
-        "attribution": [_step(report, step) for step in report["attribution"]],
-        "no_gain": [_step(report, step) for step in report["no_gain"]],
+        "attribution": [_step(report, step) for step in _chosen(report, "attribution")],
+        "no_gain": [_step(report, step) for step in _chosen(report, "no_gain")],
         "targets": list(_targets(report)),
     }
 
@@ -40,6 +40,11 @@ def unit_s(case: Report | None, arm: str) -> float | None:
     return median(times) / (case["batch"] if "workload" in case else case["steps"]) if case and times else None
 
 
+def _chosen(report: Report, what: str) -> list[Report]:
+    """A case that is not there could not run, unless nobody asked for it."""
+    return [one for one in report[what] if report["complete"] or find_case(report, one["case"])]
+
+
 def _step(report: Report, step: Report) -> dict[str, Any]:
     case = find_case(report, step["case"])
     return {
@@ -54,7 +59,7 @@ def _step(report: Report, step: Report) -> dict[str, Any]:
 def _targets(report: Report) -> Iterator[dict[str, Any]]:
     """Each with whether it was met: None where it is but reported, or where the canaries say that no time counts."""
     doubt = (report["canaries"] or {}).get("doubt", "")
-    for target in report["target"]:
+    for target in _chosen(report, "target"):
         found = [find_ratio(report, target["case"], target["base"], arm) for arm in target["arms"]]
         ratios = [ratio for ratio in found if ratio is not None]
         best = max(ratios, key=lambda ratio: ratio["value"]) if ratios else None
