@@ -64,13 +64,18 @@ def load(path: Path) -> dict[str, Any]:
         _refuse(file, f"expected a report, got JSON that is a {type(content).__name__}")
     if content.get("schema") == SCHEMA:
         _refuse(file, "a report of before reports were readable by pytest-benchmark; measure again")
+    from fastdiff.bench import forms  # with pydantic, which is of the bench extra
+
     if "fastdiff" in content:
-        return _checked(content["fastdiff"], file)
+        return _checked(content["fastdiff"], forms.Report, file)
     if content.get("schema") == AB:
-        return _fitting(content, shape.AB, file)
+        return _fitting(content, forms.Ab, file)
     if not (isinstance(content.get("benchmarks"), list) and isinstance(content.get("machine_info"), dict)):
         _refuse(file, "expected a report of fastdiff.bench or pytest-benchmark, got other JSON")
-    return _checked_foreign(content, file)
+    content = _fitting(content, forms.PytestBenchmark, file)
+    return {
+        "schema": PYTEST_BENCHMARK, "machine_info": content["machine_info"], "benchmarks": content["benchmarks"]
+    }  # fmt: skip
 
 
 def benchmarks(report: Report) -> list[dict[str, Any]]:
@@ -157,26 +162,19 @@ def _machine_info(machine: Report) -> dict[str, Any]:
     }
 
 
-def _checked(report: Any, file: Path) -> dict[str, Any]:
+def _checked(report: Any, form: Any, file: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         _refuse(file, f"expected a report of schema {SCHEMA!r}")
-    fitting = _fitting(report, shape.REPORT, file)
+    fitting = _fitting(report, form, file)
     if why := shape.unmatched(fitting):
         _refuse(file, why)
     return fitting
 
 
-def _fitting(content: dict[str, Any], expected: shape.Shape, file: Path) -> dict[str, Any]:
-    if why := shape.misfit(content, expected, "the report"):
+def _fitting(content: dict[str, Any], form: Any, file: Path) -> dict[str, Any]:
+    if why := shape.misfit(content, form, "the report"):
         _refuse(file, f"{why}; it is of no form that is read here")
     return content
-
-
-def _checked_foreign(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    _fitting(content, shape.PYTEST_BENCHMARK, file)
-    return {
-        "schema": PYTEST_BENCHMARK, "machine_info": content["machine_info"], "benchmarks": content["benchmarks"]
-    }  # fmt: skip
 
 
 def _refuse(file: Path, why: str) -> NoReturn:

@@ -144,6 +144,13 @@ def changed(part: str, value: Any) -> str:
     return json.dumps(content)
 
 
+def without_reference() -> str:
+    content = document(small())
+    case = content["fastdiff"]["rows"][0]
+    case["name"], case["arms"] = "row of one", {}
+    return json.dumps(content)
+
+
 def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in JSON, of a list's the first."""
     inside = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
@@ -198,6 +205,7 @@ def test_whatever_is_missing_a_report_is_refused_or_every_page_is_made_of_it(tmp
         (without("summary"), "the report, summary: missing"),
         (changed("machine", {}), "the report, machine, id: missing"),
         (changed("rows", [{}]), "the report, rows, 0, name: missing"),
+        (without_reference(), "the report, rows, row of one: has no arm of 'diffusers'"),
         (changed("complete", 1), "the report, complete: expected true or false, got 1"),
         (changed("commit", None), "the report, commit: expected an object, got None"),
     ],
