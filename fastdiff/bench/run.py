@@ -122,7 +122,7 @@ def _journal(options: argparse.Namespace, chosen: Suite) -> Journal:
 def measure(
     options: argparse.Namespace, chosen: Suite, pieces: Sequence[Piece], journal: Journal, *, complete: bool
 ) -> dict[str, Any]:
-    """The report of `pieces`, all of the suite's if `complete`: those that the journal lacks are measured, and added."""
+    """The report of `pieces`, all of the suite's if `complete`: those that the journal lacks are measured and added."""
     resumed = len(journal.finished)
     if [one["title"] for one in journal.finished] != [piece.title for piece in pieces[:resumed]]:
         refuse(f"--resume: {journal.folder}: its pieces are not this suite's; start a new run")
