@@ -206,6 +206,7 @@ def test_ctrl_c_leaves_nothing_behind(repository: Path, tmp_path: Path) -> None:
         [sys.executable, "-P", "-m", "fastdiff.bench", "ab", "--base", "base", "--deterministic"],
         cwd=repository,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
     try:
         waiting = time.monotonic() + 120
