@@ -135,7 +135,9 @@ class Position:
 
     def copied(self, held: dict[str, Any]) -> Position:
         """The same position over `held`, which is filled: every list copied, all else shared."""
-        held.update({name: list(value) if type(value) is list else value for name, value in self.held.items()})
+        held.update(self.held)
+        for name in [name for name, value in held.items() if type(value) is list]:
+            held[name] = list(held[name])
         position = self._over(held, self.left)
         position.start, position.first = self.start, self.first
         return position
