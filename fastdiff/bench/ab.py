@@ -36,6 +36,7 @@ from fastdiff.bench.sides import (
 )
 from fastdiff.bench.stats import pairs_needed, ratio
 from fastdiff.bench.verdict import DELTA, WIDTH, Judgement, judge_processes
+from fastdiff.bench.words import table
 
 SCHEMA = "fastdiff.ab/1"
 LEVEL = 0.99  # for all looks together
@@ -357,11 +358,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["uncommitted"]:
         lines += [f"- on neither side, because no commit has it: {', '.join(report['uncommitted'])}"]
     if report["changes"]:
-        lines += ["", "| figure | base | head | verdict |", "| --- | ---: | ---: | --- |"]
-        lines += [
-            f"| {change['name']} | {_number(change['base'])} | {_number(change['head'])} | {change['verdict']} |"
+        moved = [
+            (change["name"], _number(change["base"]), _number(change["head"]), change["verdict"])
             for change in report["changes"]
         ]
+        lines += ["", table(("figure", "base", "head", "verdict"), moved, words=(0, 3))]
     unchanged = len(report["figures"]["head"]) - sum(change["head"] is not None for change in report["changes"])
     lines += ["", f"{unchanged} counted figures are the same in both."]
     if report["times"]:
@@ -374,10 +375,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _times(report: Mapping[str, Any]) -> Iterator[str]:
     """The table of times with its canaries, what a verdict means, and what makes a time doubtful."""
     known, settings = report["canaries"], report["settings"]
-    yield from ("", "| time | change | interval | slowdowns excluded | process pairs | verdict |")
-    yield "| --- | ---: | --- | ---: | ---: | --- |"
-    yield from (_time_line(name, one["judgement"]) for name, one in report["times"].items())
-    yield from (_time_line(f"canary: {what}", known[name]["judgement"]) for name, what in canary.NAMES.items())
+    header = ("time", "change", "interval", "slowdowns excluded", "process pairs", "verdict")
+    rows = [_time_row(name, one["judgement"]) for name, one in report["times"].items()]
+    rows += [_time_row(f"canary: {what}", known[name]["judgement"]) for name, what in canary.NAMES.items()]
+    yield from ("", table(header, rows, words=(0, 2, 5)))
     delta = settings["delta"]
     yield from (
         "",
@@ -409,11 +410,10 @@ def _number(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _time_line(name: str, judgement: Mapping[str, Any]) -> str:
+def _time_row(name: str, judgement: Mapping[str, Any]) -> tuple[str, ...]:
+    pairs = str(judgement["pairs"])
     if judgement["change"] is None:
-        return f"| {name} | | | | {judgement['pairs']} | {judgement['verdict']}: {judgement['reason']} |"
+        return name, "", "", "", pairs, f"{judgement['verdict']}: {judgement['reason']}"
+    interval = f"{judgement['low']:+.1%} to {judgement['high']:+.1%}"
     excluded = "" if judgement["verdict"] == "INVALID" else f"above {max(0.0, judgement['high']):.1%}"
-    return (
-        f"| {name} | {judgement['change']:+.1%} | {judgement['low']:+.1%} to {judgement['high']:+.1%} | {excluded} "
-        f"| {judgement['pairs']} | {judgement['verdict']} |"
-    )
+    return name, f"{judgement['change']:+.1%}", interval, excluded, pairs, judgement["verdict"]

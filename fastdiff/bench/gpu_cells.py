@@ -47,7 +47,7 @@ from fastdiff.bench.gpu_suite import TREES, CellCase, GpuSuite
 from fastdiff.bench.measure import StopRule
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.suite import MemoryCase
-from fastdiff.bench.vram import device_bytes
+from fastdiff.bench.vram import device_bytes, settle_device
 from fastdiff.capture import Built, Regions, StepGraphs, Steps, compiled, step_function
 from fastdiff.denoiser import Denoiser
 from fastdiff.models.geometries import Geometry, Inputs, geometry
@@ -446,7 +446,7 @@ def graph_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
     largest_bytes = largest.pool_bytes
     largest.close()
     del largest
-    _collect()
+    settle_device(settings.device)
     yield _phase(settings, "the largest batch captured alone, and released")
     steps = Steps(own.denoiser, slots, "step-graph", own.model)
     assert steps.graphs is not None  # a graph mode has them from its constructor on
@@ -464,15 +464,8 @@ def graph_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
     yield _phase(settings, "steady: 20 replays of every size")
     steps.close()
     del steps, slots
-    _collect()
+    settle_device(settings.device)
     yield _phase(settings, "graphs and slots released")
-
-
-def _collect() -> None:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch._C._cuda_clearCublasWorkspaces()  # as captures do: what is left must not depend on which came last
-    torch.cuda.empty_cache()
 
 
 def _phase(settings: Settings, name: str) -> Entry:
@@ -509,7 +502,7 @@ def ownership_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
 def _scheduler_held(settings: Settings, sampler: str, owner: Callable[[Any], Any], of: MemoryCase) -> Entry:
     bytes_now = partial(torch.cuda.memory_allocated, settings.device)
     template = scheduler_class(sampler)()
-    _collect()
+    settle_device(settings.device)
     nothing = bytes_now()
     scheduler = owner(template)
     set_timesteps(scheduler, of.steps, settings.device)
@@ -535,7 +528,7 @@ def _slot_held(settings: Settings, sampler: str, of: MemoryCase) -> Entry:
         latent_shape=of.latent_shape, dtype=torch.bfloat16, batch_sizes=(1,), memory=table.memory, rows=len(table),
         draws=table.max_draws,
     )  # fmt: skip
-    _collect()
+    settle_device(settings.device)
     nothing = bytes_now()
     slots = Slots(plan, settings.device)
     before, during = bytes_now() - nothing, 0

@@ -137,9 +137,8 @@ def measure(model: Path | None, device: str, batch: int, mode: Any, compile: Any
 
 
 def _phase(name: str, what: str, place: torch.device, nvml: Nvml) -> Phase:
-    import torch
 
-    from fastdiff.bench.vram import device_bytes, live_tensors, pool_bytes, storage_bytes
+    from fastdiff.bench.vram import device_bytes, live_tensors, pool_bytes, settle_device, storage_bytes
 
     gc.collect()
     rss_bytes, rss_peak_bytes = _resident_bytes()
@@ -149,9 +148,7 @@ def _phase(name: str, what: str, place: torch.device, nvml: Nvml) -> Phase:
     )  # fmt: skip
     if place.type != "cuda":
         return host
-    torch.cuda.synchronize(place)
-    torch._C._cuda_clearCublasWorkspaces()  # as captures do: what is left must not depend on which came last
-    torch.cuda.empty_cache()
+    settle_device(place)
     pools, nvml_bytes = pool_bytes(place), nvml.process_bytes()[0]
     held = device_bytes(place)
     return replace(

@@ -65,6 +65,17 @@ def live_tensors(device: torch.device) -> list[Tensor]:
     return [one for one in tensors if one.device == device and one.layout == torch.strided]
 
 
+def settle_device(device: torch.device) -> None:
+    """Before bytes of a CUDA device are read: garbage, what is under way, cuBLAS's workspaces and torch's cache go.
+
+    Captures clear the workspaces too, so what is left must not depend on which came last.
+    """
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
 def pool_bytes(device: torch.device) -> dict[str, int]:
     """What torch reserves of a CUDA device, by memory pool: "0.0" is the common one, the others are of graphs."""
     pools: Counter[str] = Counter()
