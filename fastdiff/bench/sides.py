@@ -132,7 +132,7 @@ class Process:
         self._task = {"suite": bench.suite, "device": bench.device, "seed": bench.seed}
         environment = {
             **os.environ,
-            "PYTHONPATH": str(self._tree),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(self._tree), os.environ.get("PYTHONPATH")))),
             "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": str(bench.suite["threads"]),
             "TORCHINDUCTOR_CACHE_DIR": str(bench.folder / f"inductor-{side}"),  # warm from the second pair on

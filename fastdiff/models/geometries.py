@@ -46,7 +46,8 @@ class Geometry:
 
         def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             if dtype.is_floating_point:
-                return torch.randn(n, *shape, generator=generator, dtype=dtype, device=device)
+                # Drawn in float32: on a CPU torch 2.11 draws zeros in bfloat16, and coarse values.
+                return torch.randn(n, *shape, generator=generator, device=device).to(dtype)
             whole = torch.randint(1, 1000, (n, *shape), generator=generator, device=device)
             return whole > 500 if dtype == torch.bool else whole.to(dtype)  # masks, classes
 

@@ -253,10 +253,15 @@ def test_a_pair_of_processes_yields_one_number_and_one_that_hangs_is_ended(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = suite.load("ab")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os; open(f'{os.path.dirname(__file__)}/{os.getpid()}.seen', 'w')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where this process finds packages they look, too
     bench = sides.Bench(dict.fromkeys(sides.SIDES, repository), tmp_path, ab.document(chosen), "cpu", seed=0)
     with bench.pair() as pair:
         for process in pair.values():
             process.ask("settle", ab._core(0))
+        assert len(list(tmp_path.glob("*.seen"))) >= 2
         order = np.random.default_rng(0)
         for work in (sides.Work(HOT, "row", max_s=0.1), *ab.CANARIES):
             assert math.isfinite(ab._log_ratio(pair, work, chosen.max_pairs, order))
