@@ -40,6 +40,10 @@ class Piece:
     max_s: float | None = None  # of sampling; None where nothing is timed
 
 
+class ArmsFailed(Exception):
+    """Which arms of a case could not run, and why; the others are measured all the same."""
+
+
 def pieces(suite: Suite, seed: int) -> Iterator[Piece]:
     """The suite as pieces, the quick and exact ones first, the canaries last."""
     yield Piece("gates", "deterministic figures", _figures)
@@ -76,7 +80,8 @@ def choose(pieces: Sequence[Piece], text: str) -> list[Piece]:
 def measure(piece: Piece, row_bench: RowBench, threads: int) -> Entry:
     """One line of the journal: what the piece adds, and what that took.
 
-    A piece that cannot run (a sampler without a table, a schedule that diffusers refuses) has its reason instead.
+    A piece that cannot run (a sampler without a table, a schedule that diffusers refuses) has its reason instead, and
+    one of which a part cannot (a model that cannot be captured) has both.
     """
     torch.set_num_threads(threads)
     bench = row_bench.bench
@@ -86,7 +91,7 @@ def measure(piece: Piece, row_bench: RowBench, threads: int) -> Entry:
     try:
         entries += piece.measure(row_bench)
     except Exception as error:  # whatever a sampler raises is the reason
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        reason = _reason(error)
     new = bench.compile_s.keys() - compiled
     return {
         "section": piece.section, "title": piece.title, "entries": entries, "reason": reason,
@@ -94,6 +99,10 @@ def measure(piece: Piece, row_bench: RowBench, threads: int) -> Entry:
         "compile_cache": {what: cache for what, cache in bench.compile_cache.items() if what in new},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def assemble(suite: Suite, finished: Sequence[Entry]) -> Entry:
@@ -177,29 +186,36 @@ def _images(row_bench: RowBench, case: ImageCase, suite: Suite, seed: int) -> It
     sequential = case.workload == "sequential"
     blocks = {arm: arms.image_block(bench, arm, requests, sequential) for arm in case.arms}
     errors, peaks = {}, {}
+    failed: list[str] = []
     with torch.no_grad():
         reference = torch.stack(arms.images_of(bench, "shared-sequential/eager", requests, True, bench.stopwatch()))
         for arm, block in blocks.items():
             what = "denoiser and step" if arm.startswith("tensorized") else "denoiser"
-            images = bench.first_call(
-                f"{what}, batch {case.batch}",
-                arm,
-                partial(arms.images_of, bench, arm, requests, sequential, bench.stopwatch()),
-            )
+            call = partial(arms.images_of, bench, arm, requests, sequential, bench.stopwatch())
+            try:
+                images = bench.first_call(f"{what}, batch {case.batch}", arm, call)
+            except Exception as error:  # whatever compiling or capturing this model raises
+                failed.append(f"{arm}: {_reason(error)}")
+                continue
             errors[arm] = (torch.stack(images) - reference).abs().max().item()
             peaks[arm] = vram_peak(bench.device, block)
-    valid = {arm: block for arm, block in blocks.items() if errors[arm] <= IMAGE_TOLERANCE}
+    if not errors:
+        raise ArmsFailed("; ".join(failed))
+    valid = {arm: blocks[arm] for arm, error in errors.items() if error <= IMAGE_TOLERANCE}
     pairs = [pair for pair in case.compare if set(pair) <= valid.keys()]
     measured = _interleave(bench, valid, pairs, _rule(suite, case.max_s), seed)
     yield {
         **asdict(case),
+        "compare": [pair for pair in case.compare if set(pair) <= errors.keys()],
         "rows": sum(len(fastdiff.tabulate(request.scheduler, request.steps)) for request in requests),
         "arms": {
-            arm: {**_arm(measured.get(arm, []), errors[arm], IMAGE_TOLERANCE), "vram_peak_bytes": peaks[arm]}
-            for arm in case.arms
+            arm: {**_arm(measured.get(arm, []), error, IMAGE_TOLERANCE), "vram_peak_bytes": peaks[arm]}
+            for arm, error in errors.items()
         },
         "comparisons": _compared(measured, pairs, suite.level),
     }
+    if failed:
+        raise ArmsFailed("; ".join(failed))
 
 
 def _interleave(

@@ -36,7 +36,7 @@ def find_ratio(report: Report, case: str, base: str, arm: str) -> dict[str, Any]
 
 def unit_s(case: Report | None, arm: str) -> float | None:
     """Median seconds of an arm per image (image cases) or per row of the whole batch (row cases)."""
-    times = case["arms"][arm]["total_s"] if case else ()
+    times = case["arms"][arm]["total_s"] if case and arm in case["arms"] else ()  # one that failed is not there
     return median(times) / (case["batch"] if "workload" in case else case["steps"]) if case and times else None
 
 

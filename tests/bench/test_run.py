@@ -106,6 +106,30 @@ def around(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_an_arm_that_cannot_run_fails_alone_and_is_told(tiny_pipe: Any) -> None:
+    """As where a model cannot be captured; here, for want of a device."""
+    (image,) = IMAGE_SUITE["image"]
+    graph, other = "tensorized/step-graph", "cloned-shallow/eager"
+    image = {**image, "arms": [graph, other], "compare": [[other, graph]]}
+    step = {"label": "+ graph", "case": "mixed", "base": other, "arm": graph}
+    raw = measured(tiny_pipe, parse({**IMAGE_SUITE, "image": [image], "attribution": [step], "target": []}))
+    (unsupported,) = raw["unsupported"]
+    assert unsupported["what"] == "images: mixed"
+    assert unsupported["reason"].startswith(f"ArmsFailed: {graph}: CannotCapture: CUDA graphs need a CUDA device")
+    (case,) = raw["images"]
+    assert [len(arm["total_s"]) for arm in case["arms"].values()] == [8]
+    assert case["compare"] == case["comparisons"] == []
+    page = markdown(around(raw))
+    assert "CUDA graphs need a CUDA device" in page
+    assert exit_code(around(raw)) == 4
+
+    alone = {**image, "arms": [graph], "compare": []}
+    raw = measured(tiny_pipe, parse({**IMAGE_SUITE, "image": [alone], "attribution": [], "target": []}))
+    assert raw["images"] == []
+    assert len(raw["unsupported"]) == 1
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_every_ownership_gives_the_image_of_the_request_alone(tiny_pipe: Any) -> None:
     raw = measured(tiny_pipe, parse(IMAGE_SUITE))
     found = raw["images"][0]["arms"]
@@ -247,16 +271,6 @@ def test_a_timed_piece_brings_the_canaries_along() -> None:
     assert chosen("deterministic figures") == ["deterministic figures"]  # nothing there is timed
     assert chosen("canaries") == ["canaries"]
     assert chosen("nothing like it") == []
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_graphs_without_a_gpu_are_unsupported_by_name(tiny_pipe: Any) -> None:
-    case = {**IMAGE_SUITE["image"][0], "arms": ["tensorized/step-graph"], "compare": []}
-    raw = measured(tiny_pipe, parse({"threads": 1, "row_max_s": 0, "image": [case]}))
-    assert raw["images"] == []
-    (one,) = raw["unsupported"]
-    assert one["what"] == "images: mixed"
-    assert one["reason"].startswith("CannotCapture: CUDA graphs need a CUDA device")
 
 
 @pytest.mark.compiles
