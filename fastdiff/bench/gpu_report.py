@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.bench.profile import prefixed
 from fastdiff.bench.stats import hodges_lehmann, ratio
+from fastdiff.bench.words import NONE, byte_count, prefixed, table
 from fastdiff.profile import RATES, break_even
 
 Record = Mapping[str, Any]
@@ -25,7 +25,6 @@ ROW_TARGETS_S = {"sd15-512": 4.3e-3, "sdxl-1024": 31e-3, "dit-xl-256": 1.4e-3, "
 """By geometry, at batch 1."""
 IMAGE_ROWS = 50  # rows of a schedule, for break-even
 GRAPH, ALONE = "tensorized/step-graph", "model/graph"
-NONE = "–"
 MEASURED = ("ok", "unsupported")
 LEGEND = """\
 Arms: `cloned-deepcopy` is a diffusers scheduler for each request, stepped in Python; `shared` one for all, which works
@@ -105,7 +104,7 @@ def markdown(records: Sequence[Record]) -> str:
     targets = [target for one in found.values() for target in _targets(one, gpu)]
     if targets:
         met = [(one.figure, one.measured, one.goal, "met" if one.met else "**not met**") for one in targets]
-        page += ["## Targets", "", *_table(("figure", "measured", "target", ""), met), ""]
+        page += ["## Targets", "", table(("figure", "measured", "target", ""), met), ""]
     several = len({one.code for one in found.values()}) > 1
     for name, one in ((name, one) for name, one in found.items() if one.entries):
         seconds = "" if one.seconds is None else f", {one.seconds:.0f} s"
@@ -159,7 +158,7 @@ def _all_targets(outcome: Outcome, gpu: str | None) -> Iterator[Target]:
         for n in rest:
             built = graphs["sizes"][str(n)]
             what, size = f"{graphs['model']}: the most that a further size takes", _size_bytes(built)
-            yield Target(what, size, f"{_bytes(size)} (of {n})", f"<= {_bytes(SIZE_BYTES)}", size <= SIZE_BYTES)
+            yield Target(what, size, f"{byte_count(size)} (of {n})", f"<= {byte_count(SIZE_BYTES)}", size <= SIZE_BYTES)
 
 
 def _row_targets(entry: Record, outcome: Outcome, gpu: str | None) -> Iterator[Target]:
@@ -237,7 +236,7 @@ def _profiles(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
         yield (
             f"An eager row of {entry['n']}: {entry['operations']} operations, {prefixed(entry['flops'], 'FLOP')}, "
             f"{entry['regime'] or 'regime unknown'}; floor of any mode {floor}, of eager mode {roofline}; "
-            f"the step beside the model touches {_bytes(entry['step_bytes'])}."
+            f"the step beside the model touches {byte_count(entry['step_bytes'])}."
         )
 
 
@@ -245,11 +244,11 @@ def _builds(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
     rows = [
         (
             entry["arm"], *(_s(entry[key]) if entry[key] else NONE for key in ("compile_s", "warm_up_s", "capture_s")),
-            _bytes(entry["torch_bytes"]), _bytes(entry["driver_bytes"]),
+            byte_count(entry["torch_bytes"]), byte_count(entry["driver_bytes"]),
         )
         for entry in entries
     ]  # fmt: skip
-    yield from _table(("made ready", "compile", "warm-up", "capture", "torch", "driver"), rows)
+    yield table(("made ready", "compile", "warm-up", "capture", "torch", "driver"), rows)
     yield from _break_even(outcome)
 
 
@@ -287,7 +286,7 @@ def _rows(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
         timed = {name: arm for name, arm in entry["arms"].items() if arm.get("row_s")}
         rows = [_arm(name, arm, observed.get(name, {}), floor_s) for name, arm in timed.items()]
         against = [(*row, *_ratios(entry, row[0])) for row in rows]
-        yield from _table((*heads, f"base / arm, {entry['level']:.0%}"), against)
+        yield table((*heads, f"base / arm, {entry['level']:.0%}"), against)
         yield ""
         for reason, names in _reasons(entry).items():
             yield f"- {', '.join(names)}: {reason}"
@@ -341,34 +340,38 @@ def _observed(entry: Record, outcome: Outcome) -> dict[str, Record]:
 def _graphs(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
     for entry in entries:
         yield (
-            f"{entry['model']}: pool {_bytes(entry['pool_bytes'])}, of the largest batch alone "
-            f"{_bytes(entry['largest_alone_bytes'])}; slots {_bytes(entry['state_bytes'])}. Captured largest first:"
+            f"{entry['model']}: pool {byte_count(entry['pool_bytes'])}, of the largest batch alone "
+            f"{byte_count(entry['largest_alone_bytes'])}; slots {byte_count(entry['state_bytes'])}. "
+            "Captured largest first:"
         )
         yield ""
         sizes = sorted(entry["sizes"].items(), key=lambda one: -int(one[0]))
-        rows = [(n, _bytes(one["torch_bytes"]), _bytes(one["driver_bytes"]), _s(one["capture_s"])) for n, one in sizes]
-        yield from _table(("batch", "torch", "driver", "capture"), rows)
+        rows = [
+            (n, byte_count(one["torch_bytes"]), byte_count(one["driver_bytes"]), _s(one["capture_s"]))
+            for n, one in sizes
+        ]
+        yield table(("batch", "torch", "driver", "capture"), rows)
 
 
 def _phases(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
     keys = ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "driver_bytes")
-    rows = [(entry["phase"], *(_bytes(entry[key]) for key in keys)) for entry in entries]
-    yield from _table(("after", "allocated", "peak since the last", "reserved", "driver's view"), rows)
+    rows = [(entry["phase"], *(byte_count(entry[key]) for key in keys)) for entry in entries]
+    yield table(("after", "allocated", "peak since the last", "reserved", "driver's view"), rows)
 
 
 def _ownerships(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
     keys = ("before_bytes", "during_bytes", "after_bytes")
     rows = [
-        (entry["shape"], entry["sampler"], entry["ownership"], *(_bytes(entry[key]) for key in keys))
+        (entry["shape"], entry["sampler"], entry["ownership"], *(byte_count(entry[key]) for key in keys))
         for entry in entries
     ]
-    yield from _table(("latents", "sampler", "ownership", "before", "during", "after"), rows)
+    yield table(("latents", "sampler", "ownership", "before", "during", "after"), rows)
 
 
 def _starts(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
     keys = ("process_s", "load_s", "compile_s", "warm_up_s", "capture_s", "ready_s")
     rows = [(entry["model"], entry["start"], *(_s(entry[key]) for key in keys)) for entry in entries]
-    yield from _table(("model", "start", "process", "load", "compile", "warm-up", "capture", "first row"), rows)
+    yield table(("model", "start", "process", "load", "compile", "warm-up", "capture", "first row"), rows)
 
 
 def _selftests(entries: Sequence[Record], outcome: Outcome) -> Iterator[str]:
@@ -393,16 +396,5 @@ _RENDERED: dict[str, Callable[[Sequence[Record], Outcome], Iterator[str]]] = {
 # Text
 
 
-def _table(heads: Row, rows: Sequence[Row]) -> Iterator[str]:
-    yield f"| {' | '.join(heads)} |"
-    yield f"| --- |{' ---: |' * (len(heads) - 1)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
-
-
 def _s(value: float) -> str:
     return prefixed(value, "s") if value >= 0 else f"-{prefixed(-value, 's')}"
-
-
-def _bytes(value: int) -> str:
-    return prefixed(value, "B")

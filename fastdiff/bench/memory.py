@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.bench.arguments import device, folder, pipeline, positive
+from fastdiff.bench.words import byte_count
 
 if TYPE_CHECKING:
     import torch
@@ -200,11 +201,6 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fastdiff.bench.profile import prefixed
-
-    def cell(nbytes: int | None) -> str:
-        return "-" if nbytes is None else prefixed(nbytes, "B")
-
     phases = report["phases"]
     title = f"Memory: {report['model']}, {report['mode']}, {report['batch']} slots, {report['device']}"
     table = Table(title=Text(title), title_justify="left")
@@ -213,9 +209,11 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_column(phase["name"], justify="right", overflow="fold")
     for name, label in _FIGURES.items():
         if any(phase[name] is not None for phase in phases):
-            table.add_row(label, *(cell(phase[name]) for phase in phases))
+            table.add_row(label, *(byte_count(phase[name]) for phase in phases))
     for pool in sorted({pool for phase in phases for pool in phase["pool_bytes"] or ()}):
-        table.add_row(f"reserved in pool {pool}", *(cell((phase["pool_bytes"] or {}).get(pool)) for phase in phases))
+        table.add_row(
+            f"reserved in pool {pool}", *(byte_count((phase["pool_bytes"] or {}).get(pool)) for phase in phases)
+        )
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
 
@@ -224,9 +222,9 @@ def print_report(report: dict[str, Any]) -> None:
 
     for phase in phases:
         say(f"{phase['name']}: {phase['what']}")
-    say(f"Weights of the model {cell(report['weights_bytes'])}, all slots {cell(report['state_bytes'])}")
+    say(f"Weights of the model {byte_count(report['weights_bytes'])}, all slots {byte_count(report['state_bytes'])}")
     for n, nbytes in (report["graph_bytes"] or {}).items():
-        say(f"The graph of batch size {n}: {cell(nbytes)} beside the larger ones")
+        say(f"The graph of batch size {n}: {byte_count(nbytes)} beside the larger ones")
     if report["nvml_reason"]:
         say(f"Nothing from NVML: {report['nvml_reason']}")
     if report["foreign_processes"]:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastdiff.bench.arguments import device, folder, pipeline, positive
+from fastdiff.bench.words import byte_count, prefixed
 from fastdiff.errors import FastdiffError
 from fastdiff.profile import Profile, break_even, choose
 from fastdiff.request import Request
@@ -139,7 +140,7 @@ def _sentences(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Not captured", report["unsupported"]
         return
     images = graph["break_even_images"]
-    yield "Measured", f"{graph['gain']:.3g} times as fast as a graph, for {prefixed(graph['nbytes'], 'B')}"
+    yield "Measured", f"{graph['gain']:.3g} times as fast as a graph, for {byte_count(graph['nbytes'])}"
     paid_back = "never paid back" if images is None else f"paid back after {images:.3g} images of {report['rows']} rows"
     yield "Break-even", f"{prefixed(graph['capture_s'], 's')} to capture, {paid_back}"
 
@@ -151,12 +152,6 @@ def _figure(profile: dict[str, Any], name: str, unit: str) -> str:
         return unknown if profile["gpu"] else NEEDS_CUDA
     if unit == "%":
         return f"{value:.0%}"
+    if unit == "B":
+        return byte_count(value)
     return prefixed(value, unit) if unit else str(value)
-
-
-def prefixed(value: float, unit: str) -> str:
-    """Three digits and a decimal prefix: 0.0123, "s" -> 12.3 ms."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m")):
-        if value >= 0.9995 * factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"

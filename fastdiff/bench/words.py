@@ -33,10 +33,18 @@ def byte_count(count: int | None) -> str:
     """With a binary prefix."""
     if count is None:
         return NONE
-    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def prefixed(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix: 0.0123, "s" -> 12.3 ms."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m")):
+        if value >= 0.9995 * factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
 
 
 def duration(seconds: float | None, per: str) -> str:

@@ -396,10 +396,10 @@ def test_the_page_is_a_function_of_the_journal_alone_and_changes_nothing_in_it()
 def test_figures_stand_beside_their_targets() -> None:
     page = markdown(records_of("sd15-512 x 1", *made_up()))
     (row,) = lines_with(page, "sd15-512 x 1: a step graph's row", "4.3 ms")
-    assert row.endswith("| <= 4.3 ms | met |")
+    assert row.endswith("| &lt;= 4.3 ms | met |")
     (overhead,) = lines_with(page, "beyond the model's graph")
     assert "5.02 us [" in overhead
-    assert overhead.endswith("| <= 10 us | met |")
+    assert overhead.endswith("| &lt;= 10 us | met |")
     (host,) = lines_with(page, "host time of it")
     assert "10 us" in host
     (syncs,), (allocations,) = (
@@ -421,7 +421,7 @@ def test_of_many_samplers_the_worst_is_held_against_the_target() -> None:
         for sampler, row_s in (("Euler", 8e-6), ("UniPCMultistep", 12e-6), ("FlowMatchEuler", 7e-6))
     ]  # fmt: skip
     (row,) = lines_with(markdown(records_of("null model x 8", *entries)), "null model x 8: a step graph's row")
-    assert row.endswith("| 12 us (UniPCMultistep) | <= 10 us | **not met** |")
+    assert row.endswith("| 12 us (UniPCMultistep) | &lt;= 10 us | **not met** |")
 
 
 def test_arms_ratios_and_break_even_are_on_the_page() -> None:
@@ -468,8 +468,8 @@ def test_pools_are_held_against_the_largest_batch_and_tiny_figures_say_what_they
         "sizes": {"1": size, "8": {**size, "torch_bytes": 1_000}},
     }  # fmt: skip
     page = markdown(records_of("graphs of sd15-512", graphs, tiny=True))
-    assert lines_with(page, "pool of all sizes over that of 8 alone", "| 1.050 | <= 1.10 | met |")
-    assert lines_with(page, "the most that a further size takes", "| 52.4 MB (of 1) | <= 41.9 MB | **not met** |")
+    assert lines_with(page, "pool of all sizes over that of 8 alone", "| 1.050 | &lt;= 1.10 | met |")
+    assert lines_with(page, "the most that a further size takes", "| 50.0 MiB (of 1) | &lt;= 40.0 MiB | **not met** |")
     assert "tiny: toy models, the times say nothing" in page
 
 

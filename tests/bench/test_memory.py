@@ -88,8 +88,9 @@ def test_the_page_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(made_up())
     page = capsys.readouterr().out
     for text in (
-        "made up [a name], step-graph, 2 slots, NVIDIA H200", "reserved in pool 0.1", "11 MB", "7 MB",
-        "The graph of batch size 2: 40 kB", "Nothing from NVML: no such process.", "Other processes on the device: 3.",
+        "made up [a name], step-graph, 2 slots, NVIDIA H200", "reserved in pool 0.1", "10.5 MiB", "6.7 MiB",
+        "The graph of batch size 2: 39.1 KiB", "Nothing from NVML: no such process.",
+        "Other processes on the device: 3.",
     ):  # fmt: skip
         assert text in page
     assert "by NVML" not in page

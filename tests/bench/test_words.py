@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdiff.bench.words import byte_count, counted, duration, number, table
+from fastdiff.bench.words import byte_count, counted, duration, number, prefixed, table
 
 
 def test_a_table_holds_words_to_the_left_and_figures_to_the_right() -> None:
@@ -26,6 +26,13 @@ def test_a_table_holds_words_to_the_left_and_figures_to_the_right() -> None:
         (byte_count(1023), "1023 B"),
         (byte_count(1024), "1.0 KiB"),
         (byte_count(3 * 2**19), "1.5 MiB"),
+        (byte_count(141 * 2**30), "141.0 GiB"),
+        (prefixed(0.0123, "s"), "12.3 ms"),
+        (prefixed(0.9996, "s"), "1 s"),
+        (prefixed(4.5e-5, "s"), "45 us"),
+        (prefixed(2.5e-8, "s"), "0.025 us"),
+        (prefixed(0, "s"), "0 s"),
+        (prefixed(1234, "FLOP"), "1.23 kFLOP"),
         (duration(None, "image"), "-"),
         (duration(0.0123456, "image"), "12.3 ms"),
         (duration(0.0123456, "row"), "12346 us"),
