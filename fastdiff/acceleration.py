@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import CannotCapture
+from fastdiff.families.base import ENCODING
 from fastdiff.forward import Backend, Forward, twin
 from fastdiff.scheduler import TableScheduler, table_scheduler
 from fastdiff.weights import is_adapter
@@ -29,8 +30,6 @@ AccelerateMode = Literal["eager", "compiled", "graph"]
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 SCHEDULE = ("timesteps", "sigmas", "num_inference_steps")  # of the last call, for people to read
 
-# Components are shared between pipelines, so these are shared too.
-_encoding = threading.RLock()  # fast tokenizers raise "Already borrowed" when two threads call one
 _moving = threading.RLock()  # calls that move, cast or rescale weights, or keep something in the model
 
 
@@ -214,7 +213,7 @@ def _subclass(cls: Any, acceleration: Acceleration) -> Any:
 def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def locked(*args: Any, **kwargs: Any) -> Any:
-        with _encoding:
+        with ENCODING:
             return method(*args, **kwargs)
 
     return locked

@@ -305,7 +305,7 @@ def _measure_cuda(step: Callable[[], None], device: torch.device) -> _Measured:
         end.record()
         end.synchronize()
         loop_s = start.elapsed_time(end) / 1e3
-        kernels_s = trace_kernels(step)
+        kernels_s = trace_kernels(step, TRACED_CALLS)
     host_s, row_s = median(calls_s), loop_s / len(calls_s)
     launches, lost = divmod(len(kernels_s), TRACED_CALLS)
     if lost or not launches:  # a profiler without the right to read the device's counters, or that dropped some
@@ -328,13 +328,15 @@ def _time_calls(step: Callable[[], None], wait: Callable[[], None]) -> list[floa
     return calls_s
 
 
-def trace_kernels(step: Callable[[], None]) -> list[float]:
-    """How long each kernel, copy and fill of TRACED_CALLS calls ran on the device, those of a graph one by one."""
-    # In the first window the device's tracing starts up and may lose kernels: it is thrown away.
+def trace_kernels(step: Callable[[], None], calls: int) -> list[float]:
+    """How long each kernel, copy and fill of so many calls ran on the device, those of a graph one by one.
+
+    Calls the step 2 x `calls` times: in the first half the device's tracing starts up and may lose kernels.
+    """
     windows = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=windows) as profiler:
         for _ in range(2):
-            for _ in range(TRACED_CALLS):
+            for _ in range(calls):
                 step()
             torch.cuda.synchronize()
             profiler.step()

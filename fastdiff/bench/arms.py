@@ -151,16 +151,14 @@ OWNERS: dict[str, Callable[[Any], Any]] = {
 class Run:
     """One request on one diffusers scheduler, prepared as diffusers' pipelines and SGLang's stages prepare it."""
 
-    def __init__(
-        self, family: Family, request: Request, scheduler: Any, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, family: Family, request: Request, scheduler: Any) -> None:
         self.scheduler = scheduler
-        set_timesteps(scheduler, request.steps or 50, family.device)
+        set_timesteps(scheduler, family.device, **family.schedule(request, scheduler))
         self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
         self.conditioning = {name: tensor[None] for name, tensor in family.encode(request).items()}
         self.guidance = torch.tensor([family.guidance(request)], device=family.device)
         generator = seeded(request.seed)
-        latents = normal(generator, family.latent_shape, family.dtype, family.device)[None]
+        latents = family.noise(lambda shape: normal(generator, shape, family.latent_dtype, family.device))[None]
         self.sample: Tensor = latents * init_noise_sigma(scheduler)  # [1, C, H, W]
         self.row = 0
         self.step_options = step_options(scheduler, generator)
@@ -183,10 +181,10 @@ class Run:
         self.row += 1
 
 
-def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+def set_timesteps(scheduler: Any, device: torch.device, **asked: Any) -> None:
     """`set_timesteps`, and the begin index where there is one: SDXL's and Flux's pipelines and SGLang set it, and it
     saves the search for the first timestep."""
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(**asked, device=device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 
@@ -304,7 +302,7 @@ def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
             output = pipe(
                 request.prompt,
                 num_inference_steps=request.steps,
-                guidance_scale=request.guidance_scale,
+                **{bench.family.scale_name: request.guidance_scale},
                 generator=seeded(request.seed),
                 output_type="pt",
             )

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastdiff
 from fastdiff.bench import arms, canary, gates, rows
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.machine import Nvml
@@ -20,6 +19,7 @@ from fastdiff.bench.measure import Block, Sample, StopRule, compare, interleave
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import FateCase, ImageCase, MemoryCase, RowCase, SetupCase, Suite
 from fastdiff.bench.vram import vram_peak
+from fastdiff.stages import table_of
 
 IMAGE_TOLERANCE = 1e-3  # of a pixel in [0, 1], a quarter of a grey level: batching alone moves pixels by up to 1e-4
 ROW_TOLERANCE = 1e-4  # largest difference of the last samples, relative to their largest element
@@ -207,7 +207,7 @@ def _images(row_bench: RowBench, case: ImageCase, suite: Suite, seed: int) -> It
     yield {
         **asdict(case),
         "compare": [pair for pair in case.compare if set(pair) <= errors.keys()],
-        "rows": sum(len(fastdiff.tabulate(request.scheduler, request.steps)) for request in requests),
+        "rows": sum(len(table_of(bench.family, request)) for request in requests),
         "arms": {
             arm: {**_arm(measured.get(arm, []), error, IMAGE_TOLERANCE), "vram_peak_bytes": peaks[arm]}
             for arm, error in errors.items()

@@ -118,7 +118,7 @@ class DiffusersRows:
         work = self._work
         self._schedulers = [self._owner(template) for template in self._templates]
         for scheduler in self._schedulers:
-            set_timesteps(scheduler, work.steps, work.device)
+            set_timesteps(scheduler, work.device, num_inference_steps=work.steps)
         self._timesteps = [list(scheduler.timesteps) for scheduler in self._schedulers]
         every = [one.timesteps.float() for one in self._schedulers for _ in range(self._size)]
         # What the model sees, [n] a row; views would not be aligned, and a compiled model copies such inputs.
@@ -337,11 +337,17 @@ def observe(arms: Sequence[Arm], work: Work) -> Entry:
     }
 
 
+def traced_calls(arm: Arm, work: Work) -> int:
+    """How many calls of `arm` are traced: no more than one schedule has rows for, since diffusers refuses a further."""
+    return max(1, min(TRACED_CALLS, work.steps // (2 * arm.rows_per_call)))
+
+
 def _observe(arm: Arm, work: Work) -> Entry:
     """Kernels, times that the host waited, allocations."""
+    calls = traced_calls(arm, work)
     arm.start()
-    kernels_s = trace_kernels(partial(arm.run, arm.rows_per_call))
-    traced_rows = TRACED_CALLS * arm.rows_per_call
+    kernels_s = trace_kernels(partial(arm.run, arm.rows_per_call), calls)
+    traced_rows = calls * arm.rows_per_call
     arm.start()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]

@@ -94,7 +94,7 @@ class RowBench:
         def block() -> Sample:
             timesteps, samples, options = [], [], []
             for index, scheduler in enumerate(schedulers):
-                set_timesteps(scheduler, case.steps, self.bench.device)
+                set_timesteps(scheduler, self.bench.device, num_inference_steps=case.steps)
                 timesteps.append(list(scheduler.timesteps[: case.steps]))
                 samples.append(self.first_sample(index, case.latent_shape) * init_noise_sigma(scheduler))
                 options.append(step_options(scheduler, seeded(NOISE_SEED + index)))
@@ -195,7 +195,7 @@ def setup_blocks(bench: Workbench, sampler: str, case: SetupCase) -> dict[str, B
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "deepcopy": (lambda: cloned_deepcopy(template), 5),
         "shallow copy": (lambda: cloned_shallow(template), 20),
-        "set_timesteps": (lambda: set_timesteps(prepared, case.steps, bench.device), 5),
+        "set_timesteps": (lambda: set_timesteps(prepared, bench.device, num_inference_steps=case.steps), 5),
         "tabulate, cold": (cold, 1),
         "tabulate, cached": (cached, 20),
         "Slots.load": (load, 20),
@@ -235,7 +235,7 @@ def _count_diffusers(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
     members = []
     for index, name in enumerate(rows.samplers(case)):
         scheduler = copy.deepcopy(rows.bench.template(name))
-        set_timesteps(scheduler, case.steps, torch.device("cpu"))
+        set_timesteps(scheduler, torch.device("cpu"), num_inference_steps=case.steps)
         sample = rows.first_sample(index, case.latent_shape).cpu() * init_noise_sigma(scheduler)
         options = step_options(scheduler, seeded(NOISE_SEED + index))
         scheduler.timesteps = device.put(scheduler.timesteps)
@@ -316,7 +316,7 @@ def _diffusers_float32(
     rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, first: Tensor, outputs: Tensor
 ) -> Tensor:
     scheduler = copy.deepcopy(rows.bench.template(sampler))
-    set_timesteps(scheduler, case.steps, torch.device("cpu"))
+    set_timesteps(scheduler, torch.device("cpu"), num_inference_steps=case.steps)
     options = step_options(scheduler, seeded(NOISE_SEED))
     sample = first[None]
     for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
@@ -378,7 +378,7 @@ def _scheduler_bytes(template: Any, owner: Callable[[Any], Any], case: MemoryCas
     with torch.no_grad(), device:
         scheduler = owner(template)
         before = reachable(scheduler, template)
-        set_timesteps(scheduler, case.steps, torch.device("cpu"))
+        set_timesteps(scheduler, torch.device("cpu"), num_inference_steps=case.steps)
         scheduler.timesteps = device.put(scheduler.timesteps)  # where set_timesteps(device=) puts them, unlike sigmas
         sample = device.put(torch.zeros(1, *case.latent_shape))
         options = step_options(scheduler, seeded(NOISE_SEED))

@@ -13,23 +13,20 @@ pipelines, and it answers with the pipeline's own components. In the order of a 
 - `decode` makes the image of a finished latent.
 
 A pipeline with two experts (Wan 2.2) has a denoiser and a model for each, a `boundary` in each table, and may have a
-`guidance_2`; the others leave these to `PipelineFamily`.
+`guidance_2`; the others leave these to `Family`.
 
-`PipelineFamily` in `base.py` has what most pipelines share. README.md beside it has a whole family as an example;
+`Family` in `base.py` has what most pipelines share. README.md beside it has a whole family as an example;
 `FAMILIES` takes new ones: `FAMILIES["MyPipeline"] = MyFamily`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastdiff.denoiser import Denoiser
 from fastdiff.errors import PlanMismatch
+from fastdiff.families.base import Family
 from fastdiff.families.dit import DiT
 from fastdiff.families.flux import Flux
 from fastdiff.families.qwen_image import QwenImage
@@ -37,96 +34,8 @@ from fastdiff.families.stable_diffusion import StableDiffusion
 from fastdiff.families.stable_diffusion_3 import StableDiffusion3
 from fastdiff.families.stable_diffusion_xl import StableDiffusionXL
 from fastdiff.families.wan import Wan
-from fastdiff.plan import TensorSpec
-from fastdiff.request import Request
-from fastdiff.table import StepTable
 
-
-class Family(Protocol):
-    """The components that stages work with. Nothing here changes after construction."""
-
-    @property
-    def scheduler(self) -> Any:
-        """The pipeline's own scheduler: the template of requests that name none."""
-        ...
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The model and its guidance."""
-        ...
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The module that the denoiser calls, whose weights a captured graph reads."""
-        ...
-
-    @property
-    def denoisers(self) -> tuple[Denoiser, ...]:
-        """One per segment of a schedule: the first for the early rows, a second where the late ones have their own."""
-        ...
-
-    @property
-    def models(self) -> tuple[torch.nn.Module, ...]:
-        """The module of each denoiser."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The pipeline's dtype."""
-        ...
-
-    @property
-    def latent_dtype(self) -> torch.dtype:
-        """Of noise draws and returned latents: in most pipelines the model's, in some float32 whatever that is."""
-        ...
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """One request's latent, (C, H, W), of a video (C, F, H, W), or packed, (tokens, C)."""
-        ...
-
-    @property
-    def conditioning(self) -> Mapping[str, TensorSpec]:
-        """One slot's conditioning by name."""
-        ...
-
-    def check(self, request: Request) -> None:
-        """Raise PlanMismatch or ValueError unless this family can serve `request`; no model work."""
-        ...
-
-    def encode(self, request: Request) -> dict[str, Tensor]:
-        """The request's conditioning, by name."""
-        ...
-
-    def guidance(self, request: Request) -> float:
-        """The scale that the request's rows carry to the denoiser; 1 where classifier-free guidance is off."""
-        ...
-
-    def guidance_2(self, request: Request) -> float | None:
-        """The scale that the rows of the second segment carry; None if it is the same."""
-        ...
-
-    def boundary(self, table: StepTable) -> int:
-        """How many rows the first segment makes: all of them, where there is no second one."""
-        ...
-
-    def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
-        """The keyword arguments of `fastdiff.tabulate` for the request on `scheduler`, as the pipeline passes them."""
-        ...
-
-    def noise(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-        """The first noise as a latent; `draw` makes standard normal noise of a shape from the request's generator."""
-        ...
-
-    def decode(self, sample: Tensor) -> Tensor:
-        """The image [C, H, W], or the video [F, C, H, W], float32 in [0, 1] on the CPU, of a finished latent."""
-        ...
-
+__all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "DiTPipeline": DiT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,32 +22,51 @@ EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-class PipelineFamily:
+# Pipelines share components, so these are of the process.
+ENCODING = threading.RLock()  # fast tokenizers keep how they pad, and some raise "Already borrowed" for a second thread
+DECODING = threading.Lock()  # autoencoders of videos carry frames over in attributes of their own
+
+
+class Family(ABC):
     """A diffusers pipeline as stages see it; the pipeline's components are read, never changed.
 
     A family sets `latent_shape`, `conditioning` and `denoiser`, and adds `check`, `encode` and `decode`. The rest is
-    what most pipelines do, and is replaced where one does something else.
+    what most pipelines do, and is replaced where one does something else. Nothing changes after construction.
     """
 
     denoiser: Denoiser
+    """The model and its guidance."""
     latent_shape: tuple[int, ...]
+    """One request's latent, (C, H, W), of a video (C, F, H, W), or packed, (tokens, C)."""
     conditioning: Mapping[str, TensorSpec]
-    scale_name = "guidance_scale"  # of the argument of the pipeline's call that is a request's guidance_scale
+    """One slot's conditioning by name."""
+    scale_name = "guidance_scale"
+    """The argument of the pipeline's call that is a request's guidance_scale."""
 
     def __init__(self, pipe: Any, model: Any) -> None:
         self.pipe = pipe
-        self.model: torch.nn.Module = model
+        self.model: torch.nn.Module = model  # that the denoiser calls, whose weights a captured graph reads
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.latent_dtype = self.dtype
-        self.decoding = threading.Lock()  # autoencoders of videos carry frames over in attributes of their own
-        self.encoding = threading.Lock()  # fast tokenizers raise "Already borrowed" when two threads call one
+        self.latent_dtype = self.dtype  # of noise draws and returned latents; in some float32 whatever the model's is
         argument = inspect.signature(type(pipe).__call__).parameters.get(self.scale_name)
         self.own_scale = 1.0 if argument is None else float(argument.default)
 
+    @abstractmethod
+    def check(self, request: Request) -> None:
+        """Raise PlanMismatch or ValueError unless this family can serve `request`; no model work."""
+
+    @abstractmethod
+    def encode(self, request: Request) -> dict[str, Tensor]:
+        """The request's conditioning, by name."""
+
+    @abstractmethod
+    def decode(self, sample: Tensor) -> Tensor:
+        """The image [C, H, W], or the video [F, C, H, W], float32 in [0, 1] on the CPU, of a finished latent."""
+
     @property
     def scheduler(self) -> Any:
-        """The pipeline's own scheduler."""
+        """The pipeline's own scheduler: the template of requests that name none."""
         return self.pipe.scheduler
 
     def scale(self, request: Request) -> float:
@@ -58,33 +78,33 @@ class PipelineFamily:
         return self.scale(request) > 1.0
 
     def guidance(self, request: Request) -> float:
-        """The request's scale, 1 where it is not guided."""
+        """The scale that the request's rows carry to the denoiser; 1 where classifier-free guidance is off."""
         return self.scale(request) if self.guided(request) else 1.0
 
     @property
     def denoisers(self) -> tuple[Denoiser, ...]:
-        """One, for all rows."""
+        """One per segment of a schedule: the first for the early rows, a second where the late ones have their own."""
         return (self.denoiser,)
 
     @property
     def models(self) -> tuple[torch.nn.Module, ...]:
-        """One, for all rows."""
+        """The module of each denoiser."""
         return (self.model,)
 
     def guidance_2(self, request: Request) -> float | None:
-        """None: there is no second segment."""
+        """The scale that the rows of the second segment carry; None if it is the same, or there is no such segment."""
         return None
 
     def boundary(self, table: StepTable) -> int:
-        """All rows."""
+        """How many rows the first segment makes: all of them, where there is no second one."""
         return len(table)
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
-        """What the request itself asks for."""
+        """The keyword arguments of `fastdiff.tabulate` for the request on `scheduler`, as the pipeline passes them."""
         return request.schedule
 
     def noise(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-        """One draw, of the latent's shape."""
+        """The first noise as a latent; `draw` makes standard normal noise of a shape from the request's generator."""
         return draw(self.latent_shape)
 
     def both(self, request: Request, unconditional: Any, conditional: Tensor) -> Tensor:
@@ -111,7 +131,7 @@ class PipelineFamily:
             )
 
 
-class PackedFamily(PipelineFamily):
+class PackedFamily(Family):
     """A transformer whose latents are squares of 2 x 2, packed into tokens [tokens, C]."""
 
     def __init__(self, pipe: Any, height: int | None, width: int | None) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastdiff.denoiser import guide_pairs, paired
 from fastdiff.errors import PlanMismatch
-from fastdiff.families.base import PipelineFamily
+from fastdiff.families.base import Family
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
 
-class DiT(PipelineFamily):
+class DiT(Family):
     """A `diffusers.DiTPipeline` as stages see it.
 
     A sampler whose first latents are not of unit variance (Euler, Heun, LMS) gets them scaled here, and an ancestral

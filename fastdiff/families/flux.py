@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import PlanMismatch
-from fastdiff.families.base import PackedFamily, batched, check_beside, config_of, even_sigmas, flow_shift, text_length
+from fastdiff.families.base import (
+    ENCODING,
+    PackedFamily,
+    batched,
+    check_beside,
+    config_of,
+    even_sigmas,
+    flow_shift,
+    text_length,
+)
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
@@ -65,7 +74,7 @@ class Flux(PackedFamily):
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """{"prompt_embeds": [L, D], "pooled_prompt_embeds": [P]}."""
-        with self.encoding:
+        with ENCODING:
             prompt_embeds, pooled, _ = self.pipe.encode_prompt(
                 request.prompt,
                 device=self.device,

@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 from fastdiff.denoiser import guide, paired, unpaired
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.base import (
+    DECODING,
+    ENCODING,
     PackedFamily,
     batched,
     config_of,
@@ -70,7 +72,7 @@ class QwenImage(PackedFamily):
         texts = [(request.prompt, request.prompt_embeds)] * 2
         if self.guided(request):
             texts[0] = (request.negative_prompt, request.negative_prompt_embeds)
-        with self.encoding:
+        with ENCODING:
             found = [self._text(*text) for text in texts]
         embeds, masks = (torch.stack(tensors) for tensors in zip(*found, strict=True))
         return {"prompt_embeds": embeds, "prompt_embeds_mask": masks}
@@ -97,7 +99,7 @@ class QwenImage(PackedFamily):
         """The image [C, H, W] float32 in [0, 1] on the CPU."""
         latents = self.unpacked(sample)  # [1, C, 1, H, W]
         mean, std = statistics(self.pipe.vae.config, latents)
-        with self.decoding:
+        with DECODING:
             decoded = self.pipe.vae.decode(latents * std + mean, return_dict=False)[0]
         return self.pixels(decoded[:, :, 0])
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.denoiser import guide_pairs, paired
-from fastdiff.families.base import PipelineFamily, batched, check_beside, check_unet, image_size
+from fastdiff.families.base import ENCODING, Family, batched, check_beside, check_unet, image_size
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
 
-class StableDiffusion(PipelineFamily):
+class StableDiffusion(Family):
     """A `diffusers.StableDiffusionPipeline` as stages see it."""
 
     def __init__(self, pipe: Any, height: int | None = None, width: int | None = None) -> None:
@@ -47,7 +47,7 @@ class StableDiffusion(PipelineFamily):
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """{"prompt_embeds": [2, L, D]}: unconditional, conditional. Without guidance both are the prompt's."""
-        with self.encoding:
+        with ENCODING:
             conditional, unconditional = self.pipe.encode_prompt(
                 request.prompt,
                 self.device,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastdiff.denoiser import guide_pairs, paired
 from fastdiff.families.base import (
+    ENCODING,
     NEGATIVE_EMBEDDINGS,
-    PipelineFamily,
+    Family,
     check_beside,
     check_pooled,
     config_of,
@@ -27,7 +28,7 @@ LONGEST = 512  # T5 tokens that the pipeline takes
 STEPS = 28
 
 
-class StableDiffusion3(PipelineFamily):
+class StableDiffusion3(Family):
     """A `diffusers.StableDiffusion3Pipeline` as stages see it.
 
     `max_sequence_length` T5 tokens, padded, are behind those of CLIP: the model attends to the padding.
@@ -62,7 +63,7 @@ class StableDiffusion3(PipelineFamily):
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """Unconditional, conditional; without guidance both are the prompt's: `conditioning` has the shapes."""
-        with self.encoding:
+        with ENCODING:
             conditional, unconditional, pooled, negative_pooled = self.pipe.encode_prompt(
                 request.prompt,
                 None,

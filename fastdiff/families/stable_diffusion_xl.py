@@ -12,8 +12,9 @@ from torch import Tensor
 from fastdiff.denoiser import guide, paired, rescale, unpaired
 from fastdiff.errors import PlanMismatch
 from fastdiff.families.base import (
+    ENCODING,
     NEGATIVE_EMBEDDINGS,
-    PipelineFamily,
+    Family,
     check_beside,
     check_pooled,
     check_unet,
@@ -25,7 +26,7 @@ from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 
 
-class StableDiffusionXL(PipelineFamily):
+class StableDiffusionXL(Family):
     """A `diffusers.StableDiffusionXLPipeline` as stages see it.
 
     The original and the target size are the image's own, uncropped, as the pipeline has it by default.
@@ -64,7 +65,7 @@ class StableDiffusionXL(PipelineFamily):
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """Unconditional, conditional; without guidance both are the prompt's: `conditioning` has the shapes."""
-        with self.encoding:
+        with ENCODING:
             conditional, unconditional, pooled, negative_pooled = self.pipe.encode_prompt(
                 request.prompt,
                 device=self.device,

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fastdiff.denoiser import Denoiser, guide_pairs, paired
 from fastdiff.errors import PlanMismatch
-from fastdiff.families.base import PipelineFamily, batched, config_of, image_size, statistics, text_length
+from fastdiff.families.base import DECODING, ENCODING, Family, batched, config_of, image_size, statistics, text_length
 from fastdiff.plan import TensorSpec
 from fastdiff.request import Request
 from fastdiff.table import StepTable
 
 
-class Wan(PipelineFamily):
+class Wan(Family):
     """A `diffusers.WanPipeline` as stages see it: Wan 2.1, and Wan 2.2 with an expert for high noise and one for low.
 
     A video has `num_frames` frames, as many as the pipeline's own call makes (81) if None. `guidance_scale_2` is the
@@ -97,7 +97,7 @@ class Wan(PipelineFamily):
 
     def encode(self, request: Request) -> dict[str, Tensor]:
         """Unconditional, conditional; without guidance both are the prompt's: `conditioning` has the shapes."""
-        with self.encoding:
+        with ENCODING:
             conditional, unconditional = self.pipe.encode_prompt(
                 request.prompt,
                 request.negative_prompt,
@@ -128,7 +128,7 @@ class Wan(PipelineFamily):
         vae = self.pipe.vae
         latents = sample[None].to(self.device, vae.dtype)
         mean, std = statistics(vae.config, latents)
-        with self.decoding:
+        with DECODING:
             decoded = vae.decode(latents * std + mean, return_dict=False)[0]
         video: Tensor = self.pipe.video_processor.postprocess_video(decoded, output_type="pt")[0]
         return video.float().cpu()

@@ -32,7 +32,16 @@ from fastdiff.bench.gpu import (
     run,
     wait_for_all,
 )
-from fastdiff.bench.gpu_arms import Arm, DiffusersRows, Entry, ModelAlone, SlotRows, Work, measure_rows
+from fastdiff.bench.gpu_arms import (
+    Arm,
+    DiffusersRows,
+    Entry,
+    ModelAlone,
+    SlotRows,
+    Work,
+    measure_rows,
+    traced_calls,
+)
 from fastdiff.bench.gpu_cells import GRAPH_ARMS, NEEDS_CUDA, Settings, read_junit, read_log
 from fastdiff.bench.gpu_report import markdown, outcomes
 from fastdiff.bench.rows import null_model
@@ -249,15 +258,27 @@ def running(pid: int) -> bool:
 # Parity comes before time
 
 
-def small_work(samplers: tuple[str, ...] = ("Euler", "UniPCMultistep")) -> Work:
+def small_work(samplers: tuple[str, ...] = ("Euler", "UniPCMultistep"), steps: int = 6) -> Work:
     first = torch.randn(len(samplers), 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    work = Work(samplers, 6, Inputs(first, torch.ones(2), {}, torch.ones(2)), tolerance=1e-4)
+    work = Work(samplers, steps, Inputs(first, torch.ones(2), {}, torch.ones(2)), tolerance=1e-4)
     work.settle(DiffusersRows("cloned-deepcopy", work, cloned_deepcopy, None))
     return work
 
 
 def slots_of(work: Work) -> Slots:
     return Slots(CapturePlan(latent_shape=(4, 8, 8), dtype=torch.float32, batch_sizes=(2,)), "cpu")
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(24, 3), (4, 2), (2, 1)])
+def test_a_schedule_has_a_row_for_every_call_that_is_traced(steps: int, calls: int) -> None:
+    """Both halves of them: diffusers refuses a row after the last."""
+    work = small_work(("FlowMatchEuler", "FlowMatchEuler"), steps)
+    arm = DiffusersRows("cloned-deepcopy", work, cloned_deepcopy, None)
+    assert traced_calls(arm, work) == calls
+    arm.start()
+    arm.run(2 * calls)
+    with pytest.raises(IndexError):
+        arm.run(steps - 2 * calls + 1)
 
 
 @pytest.mark.parametrize("wrong", ["stands still", "stops short", "other answer", "nan"])

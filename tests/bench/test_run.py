@@ -18,6 +18,7 @@ from fastdiff.bench.report import attribution_table, markdown, markdown_table, t
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import FateCase, Suite, load, parse
 from fastdiff.bench.summary import summarize
+from tests.families.tiny_pipelines import shared
 
 
 def measured(pipe: Any, suite: Suite) -> dict[str, Any]:
@@ -103,6 +104,17 @@ def around(raw: dict[str, Any]) -> dict[str, Any]:
         **raw,
     }  # fmt: skip
     return {**report, "summary": summarize(report)}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
+def test_a_pipeline_with_a_schedule_and_latents_of_its_own_is_measured(name: str) -> None:
+    """Both shift their schedule by the image's size and pack their latents."""
+    arms = ["pipeline/eager", "cloned-deepcopy/eager", "tensorized/eager"]
+    image = {**IMAGE_SUITE["image"][0], "samplers": ["FlowMatchEuler"], "arms": arms, "compare": []}
+    raw = measured(shared(name), parse({"threads": 1, "row_max_s": 0, "max_pairs": 1, "image": [image]}))
+    assert raw["unsupported"] == []
+    assert [arm["status"] for arm in raw["images"][0]["arms"].values()] == ["ok"] * 3
 
 
 @pytest.mark.usefixtures("one_thread")
