@@ -28,23 +28,22 @@ if TYPE_CHECKING:
     from fastdiff.plan import CapturePlan as CapturePlan
     from fastdiff.probe import table_cache as table_cache
     from fastdiff.probe import tabulate as tabulate
+    from fastdiff.renoising import renoise as renoise
     from fastdiff.request import Request as Request
     from fastdiff.request import Result as Result
     from fastdiff.runtime import Runtime as Runtime
     from fastdiff.runtime import Session as Session
     from fastdiff.scheduler import table_scheduler as table_scheduler
-    from fastdiff.scheduler import table_scheduler_class as table_scheduler_class
     from fastdiff.state import RequestState as RequestState
     from fastdiff.table import StepTable as StepTable
-    from fastdiff.table import prune as prune
 
 _HOMES = {
     "CannotCapture": "errors", "CapturePlan": "plan", "FastdiffError": "errors", "Lease": "ownership", "NotLinear":
     "errors", "NumericalError": "errors", "OutOfMemory": "errors", "PlanMismatch": "errors", "Request": "request",
     "RequestState": "state", "Result": "request", "RowsCoupled": "errors", "Runtime": "runtime", "Session":
     "runtime", "StaleGraph": "errors", "StepTable": "table", "accelerate": "acceleration", "accelerated":
-    "acceleration", "acquire": "ownership", "models": "models", "prune": "table", "table_cache": "probe",
-    "table_scheduler": "scheduler", "table_scheduler_class": "scheduler", "tabulate": "probe",
+    "acceleration", "acquire": "ownership", "models": "models", "renoise": "renoising", "table_cache":
+    "probe", "table_scheduler": "scheduler", "tabulate": "probe",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.errors import NotLinear
+from fastdiff.frames import innermost
 
 aten = torch.ops.aten
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 # What a scheduler may do to a latent and stay linear; anything else is remembered as the first suspect.
 _LINEAR = {
@@ -172,10 +172,7 @@ _ANSWERS: dict[int, _Answer | None] = {}  # overloads live as long as torch does
 
 def where() -> str:
     """The innermost frame outside torch and this package, as ` (function, file:line)`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if not filename.startswith(_PACKAGE) and "/torch/" not in filename:
-            return f" ({frame.f_code.co_name}, {filename.rsplit('/', 1)[-1]}:{frame.f_lineno})"
-        frame = frame.f_back
-    return ""
+    frame = innermost(_PACKAGE)
+    if frame is None:
+        return ""
+    return f" ({frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno})"

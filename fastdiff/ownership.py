@@ -12,7 +12,8 @@ import weakref
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fastdiff.probe import pristine, tabulate
+from fastdiff.probe import tabulate
+from fastdiff.stepper import pristine
 from fastdiff.table import StepTable
 
 Ownership = Literal["shared", "cloned", "tensorized"]
@@ -56,12 +57,6 @@ def acquire(
     except BaseException:
         _give_back(template)
         raise
-
-
-def in_flight(template: Any) -> int:
-    """How many leases of `template` are out."""
-    with _lock:
-        return _in_flight.get(template, 0)
 
 
 def _give_back(template: Any) -> None:

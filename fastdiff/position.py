@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.fingerprint import fingerprint, freeze
-from fastdiff.probe import Schedule
 from fastdiff.rehearsal import Dtypes, Latent, Made, Recipe, Rehearsal, Row, Size, Skeleton, Time, holds, rehearse, same
+from fastdiff.stepper import Schedule
 
 _ABSENT: Any = object()
 

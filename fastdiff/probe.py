@@ -7,58 +7,25 @@ vector, so what comes out is the row. The table is then proved against the sched
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fastdiff.errors import NotLinear, NumericalError
+from fastdiff.errors import NumericalError
 from fastdiff.fingerprint import fingerprint, freeze
 from fastdiff.intercept import Interception, where
+from fastdiff.stepper import Schedule, Stepper, check_scheduler, fork, latents_in, not_linear, plain_torch
 from fastdiff.table import Draw, StepTable, TableCache, prune
 
 PROOF_TOLERANCE = 1e-9
 PROOF_SHAPE = (2, 5, 3, 4)  # [B, C, H, W], all different
 PROOF_SCALES = (0.05, 20.0)  # per batch element: a clamp or threshold shows at one of them
-
-_BROWNIAN = (
-    "its noise comes from a Brownian tree over sigmas, not from a generator",
-    "DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++' draws ordinary noise",
-)
-_TOKENS = ("it samples discrete tokens, not latents", "run its own pipeline")
-_ARGUMENTS = ("its step() needs tensors beyond the sample and the model output", "step it directly")
-
-REFUSED: dict[str, tuple[str, str]] = {
-    "DPMSolverSDEScheduler": _BROWNIAN,
-    "CosineDPMSolverMultistepScheduler": _BROWNIAN,
-    "AmusedScheduler": _TOKENS,
-    "VQDiffusionScheduler": _TOKENS,
-    "BlockRefinementScheduler": _TOKENS,
-    "EntropyBoundScheduler": _TOKENS,
-    "DiscreteDDIMScheduler": _TOKENS,
-    "ScoreSdeVeScheduler": ("its corrector divides by norms of latents", "EulerAncestralDiscreteScheduler"),
-    "CogVideoXDPMScheduler": (
-        "its step() takes the previous x0 as an argument and draws noise that it throws away",
-        "CogVideoXDDIMScheduler",
-    ),
-    "RePaintScheduler": _ARGUMENTS,
-    "HeliosDMDScheduler": ("its step() takes the re-noising tensors as arguments", "StepTable.renoise"),
-    "PiflowScheduler": ("its model output holds one latent per policy grid point", "step it directly"),
-    "RFD4ProteinaScheduler": _ARGUMENTS,
-    "KarrasVeScheduler": ("its step() takes sigmas and adds noise in a call of its own", "HeunDiscreteScheduler"),
-    "DDPMWuerstchenScheduler": ("its step() takes a timestep per sample", "DDPMScheduler"),
-    "ScoreSdeVpScheduler": ("it has step_pred() and no step()", "DDPMScheduler"),
-}
 
 # What each prediction type calls the model output, in terms of (x0, eps), given x_t = alpha x0 + sigma eps.
 PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
@@ -67,9 +34,6 @@ PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),
     "flow_prediction": lambda alpha, sigma: (-1.0, 1.0),
 }
-
-_OPTIONAL = ("num_inference_steps", "timesteps", "sigmas", "mu")
-_RESERVED = ("generator", "return_dict", "model_output", "timestep", "sample", "variance_noise", "device")
 
 table_cache = TableCache()
 """Tables by scheduler and arguments; `fastdiff.table_cache.info()` counts."""
@@ -103,127 +67,6 @@ def tabulate(
     return table_cache.get((fingerprint(scheduler), freeze(begin_index), freeze(named)), build)
 
 
-def not_linear(subject: str, why: str, instead: str) -> NotLinear:
-    """The one form of a refusal: who, why, and what to use instead."""
-    return NotLinear(f"{subject} is not a table: {why}. Use instead: {instead}.")
-
-
-def check_scheduler(scheduler: Any) -> None:
-    name = type(scheduler).__name__
-    if name in REFUSED:
-        why, instead = REFUSED[name]
-        raise not_linear(name, why, instead)
-    if not _is_scheduler(scheduler):
-        raise TypeError(f"expected a diffusers scheduler, got {name}")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The arguments of one tabulation, sorted by the method that takes them."""
-
-    set_timesteps: dict[str, Any]
-    step: dict[str, Any]
-    begin_index: int
-
-    @classmethod
-    def of(cls, scheduler: Any, begin_index: int, named: dict[str, Any]) -> Schedule:
-        """Sorts `named`; one of diffusers' pipelines' own four that is None was not given."""
-        name = type(scheduler).__name__
-        schedule_names, step_names = _named_parameters(type(scheduler))
-        to_set_timesteps: dict[str, Any] = {}
-        to_step: dict[str, Any] = {}
-        for key, value in named.items():
-            if value is None and key in _OPTIONAL:
-                continue
-            if key in _RESERVED or (key not in schedule_names and key not in step_names):
-                offered = sorted((schedule_names | step_names) - set(_RESERVED) - {"num_inference_steps"})
-                raise TypeError(f"{name} takes no {key!r}; it takes {', '.join(offered)}")
-            if key not in schedule_names and isinstance(value, (Tensor, np.ndarray)) and value.ndim:
-                raise not_linear(f"{name} with {key}", "rows hold numbers, not tensors", f"it without {key}")
-            (to_set_timesteps if key in schedule_names else to_step)[key] = value
-        if operator.index(begin_index) < 0:
-            raise ValueError(f"begin_index: expected an integer >= 0, got {begin_index!r}")
-        return cls(to_set_timesteps, to_step, operator.index(begin_index))
-
-
-_parameters: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
-
-
-def _named_parameters(cls: type) -> tuple[frozenset[str], frozenset[str]]:
-    """The parameter names of a scheduler class's `set_timesteps` and `step`; inspect.signature costs 20 us a call."""
-    if cls not in _parameters:
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        _parameters[cls] = tuple(  # type: ignore[assignment]  # a tuple of two, built in a loop
-            frozenset(key for key, p in inspect.signature(method).parameters.items() if p.kind in named) - {"self"}
-            for method in (cls.set_timesteps, cls.step)  # type: ignore[attr-defined]  # checked by Schedule.of
-        )
-    return _parameters[cls]
-
-
-def pristine(scheduler: Any) -> Any:
-    """A copy to step: without its latents, on the CPU, its config attributes reset to the config's items.
-
-    Not `from_config`, which loses `set_shift` and edited alphas; and not a plain deepcopy, which keeps what an earlier
-    `set_timesteps(mu=)` wrote into the config's attributes.
-    """
-    copied = copy.copy(scheduler)
-    for key, value in vars(scheduler).items():
-        setattr(copied, key, _pristine_value(value))
-    return copied
-
-
-def _pristine_value(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return None if value.ndim > 1 else value.detach().to("cpu", copy=True)
-    if type(value) in (list, tuple):
-        return type(value)(map(_pristine_value, value))
-    if _is_scheduler(value):
-        return pristine(value)
-    if type(value).__name__ == "FrozenDict":
-        return type(value)(copy.deepcopy(dict(value)))
-    return copy.deepcopy(value)
-
-
-def _is_scheduler(value: Any) -> bool:
-    return hasattr(value, "set_timesteps") and hasattr(value, "step")
-
-
-@dataclass(frozen=True)
-class _Latent:
-    """A latent-shaped tensor inside a scheduler: where it is, and how to replace it."""
-
-    path: str
-    value: Tensor
-    put: Callable[[Tensor], None]
-
-
-def latents_in(holder: Any, shape: torch.Size, prefix: str = "") -> Iterator[_Latent]:
-    """Every tensor of `shape` in the scheduler's attributes, its lists and its nested schedulers, in a fixed order."""
-    if isinstance(holder, (list, dict)):
-        entries = list(enumerate(holder) if isinstance(holder, list) else holder.items())
-        for key, value in entries:
-
-            def put_item(tensor: Tensor, key: Any = key) -> None:
-                holder[key] = tensor
-
-            yield from _latent_or_inside(value, shape, f"{prefix}[{key!r}]", put_item)
-    else:
-        for key, value in list(vars(holder).items()):
-
-            def put_attribute(tensor: Tensor, key: str = key) -> None:
-                setattr(holder, key, tensor)
-
-            yield from _latent_or_inside(value, shape, f"{prefix}.{key}".lstrip("."), put_attribute)
-
-
-def _latent_or_inside(value: Any, shape: torch.Size, path: str, put: Callable[[Tensor], None]) -> Iterator[_Latent]:
-    if isinstance(value, Tensor):
-        if value.shape == shape:
-            yield _Latent(path, value, put)
-    elif type(value) in (list, dict) or _is_scheduler(value):
-        yield from latents_in(value, shape, path)
-
-
 @dataclass
 class _Trace:
     """What one `step()` did on a basis: [latents at the row's start..., model output, then draws and phi]."""
@@ -240,7 +83,7 @@ class _Trace:
 
 
 @dataclass
-class _Row:
+class ProbedRow:
     """One probed row."""
 
     timestep: Tensor
@@ -253,74 +96,6 @@ class _Row:
     x0_source: str | None
 
 
-class Stepper:
-    """A pristine scheduler after `set_timesteps`, and the one way in which its rows are walked."""
-
-    def __init__(self, scheduler: Any, schedule: Schedule) -> None:
-        self.name = type(scheduler).__name__
-        self.scheduler = pristine(scheduler)
-        self.step_kwargs = dict(schedule.step)
-        if getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range"):
-            default = inspect.signature(type(scheduler)).parameters["variance_type"].default
-            raise not_linear(
-                f"{self.name} with variance_type={self.scheduler.config.variance_type!r}",
-                "the model predicts the variance",
-                f"variance_type={default!r}",
-            )
-        set_timesteps = dict(schedule.set_timesteps)
-        if "device" in _named_parameters(type(scheduler))[0]:
-            set_timesteps["device"] = "cpu"
-        self.scheduler.set_timesteps(**set_timesteps)
-        if not len(self.scheduler.timesteps):
-            raise ValueError(f"{self.name} makes no row of this schedule: {schedule.set_timesteps}")
-        if schedule.begin_index >= len(self.scheduler.timesteps):
-            raise ValueError(
-                f"begin_index: expected less than the schedule's {len(self.scheduler.timesteps)} rows, "
-                f"got {schedule.begin_index}"
-            )
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(schedule.begin_index)
-        self.timesteps = self.scheduler.timesteps[schedule.begin_index :]
-        if hasattr(self.scheduler, "get_lms_coefficient"):
-            self.scheduler.get_lms_coefficient = _unwatched(self.scheduler.get_lms_coefficient)
-        self.takes_return_dict = "return_dict" in inspect.signature(self.scheduler.step).parameters
-
-    def refuse(self, why: str) -> NotLinear:
-        """The refusal of this scheduler, with the option to do without where one explains it."""
-        options = ("thresholding", "scale_factors", "clip_sample")
-        chosen = [option for option in options if getattr(self.scheduler.config, option, None)]
-        return not_linear(self.name, why, f"the same without {chosen[0]}" if chosen else "its own step()")
-
-    def scale(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return sample
-        return self.scheduler.scale_model_input(sample, timestep)  # type: ignore[no-any-return]
-
-    def step(
-        self, sample: Tensor, timestep: Tensor, model_output: Tensor, scheduler: Any = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next sample, and the x0 prediction if the output carries one; of a fork where one is given."""
-        scheduler = scheduler or self.scheduler
-        if self.takes_return_dict:
-            output = scheduler.step(model_output, timestep, sample, **self.step_kwargs, return_dict=True)
-        else:
-            output = scheduler.step(model_output, timestep, sample, **self.step_kwargs)
-        if isinstance(output, tuple):
-            return output[0], None
-        x0 = getattr(output, "pred_original_sample", None)
-        return output.prev_sample, x0 if x0 is not None else getattr(output, "denoised", None)
-
-
-def _unwatched(coefficient: Callable[..., float]) -> Callable[..., float]:
-    """A number by numerical integration: thousands of operations, none on a latent, so none need be intercepted."""
-
-    def computed(*args: Any, **kwargs: Any) -> float:
-        with _disable_current_modes():
-            return coefficient(*args, **kwargs)
-
-    return computed
-
-
 def probe(scheduler: Any, schedule: Schedule) -> StepTable:
     """The full table, unpruned: every latent that the scheduler holds, named by its attribute; proved."""
     with plain_torch():
@@ -331,21 +106,13 @@ def probe(scheduler: Any, schedule: Schedule) -> StepTable:
     return table
 
 
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """No autograd and new tensors on the CPU, whatever the caller's thread has set."""
-    on_cpu = torch.get_default_device().type == "cpu"  # torch.device() as a context costs 3 us an operation
-    with torch.inference_mode(False), torch.no_grad(), nullcontext() if on_cpu else torch.device("cpu"):
-        yield
-
-
-def _probe_rows(scheduler: Any, schedule: Schedule) -> tuple[list[_Row], str | None, float]:
+def _probe_rows(scheduler: Any, schedule: Schedule) -> tuple[list[ProbedRow], str | None, float]:
     width = 32
     while True:
         try:
             stepper = Stepper(scheduler, schedule)
             prober = Prober(stepper, width)
-            rows: list[_Row] = []
+            rows: list[ProbedRow] = []
             for timestep in stepper.timesteps:
                 try:
                     rows.append(prober.row(timestep))
@@ -385,7 +152,7 @@ class Prober:
             )
         return tensor.detach().double().flatten().numpy().copy()  # a step may go on to write into the tensor
 
-    def row(self, timestep: Tensor) -> _Row:
+    def row(self, timestep: Tensor) -> ProbedRow:
         """Step once; the row is what the outputs hold of each basis vector."""
         self._next = 0
         scheduler = self.stepper.scheduler
@@ -414,7 +181,7 @@ class Prober:
         else:
             x0 = None if converts else self._step_to_zero(before, sample, timestep, model_output, trace)
             x0_source = "sigma" if x0 is not None else None
-        return _Row(
+        return ProbedRow(
             timestep=timestep,
             c_in=float(scaled[0]) if np.isfinite(scaled).all() else math.nan,
             start=("sample", *(latent.path for latent in held)),
@@ -521,18 +288,7 @@ class Prober:
         raise self.stepper.refuse("scale_model_input clamps the sample")
 
 
-def fork(scheduler: Any) -> Any:
-    """A copy whose next step leaves the original alone: attributes and lists copied, tensors shared."""
-    forked = copy.copy(scheduler)
-    for key, value in vars(scheduler).items():
-        if type(value) is list:
-            setattr(forked, key, list(value))
-        elif _is_scheduler(value):
-            setattr(forked, key, fork(value))
-    return forked
-
-
-def assemble(rows: list[_Row], source: str, init_noise_sigma: float) -> StepTable:
+def assemble(rows: list[ProbedRow], source: str, init_noise_sigma: float) -> StepTable:
     """Rows over bases of their own -> one table: every row padded to K latents and Z draws."""
     count = len(rows)
     K = max(len(names) for row in rows for names in (row.start, row.end))
@@ -637,89 +393,3 @@ def _relative_error(expected: Tensor, got: Tensor) -> float:
     expected, got = expected.flatten(1), got.flatten(1)
     error = float(((expected - got).abs().amax(1) / expected.abs().amax(1).clamp_min(1e-30)).max())
     return math.inf if math.isnan(error) else error  # max() would pass over a NaN
-
-
-def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
-    """The table of DMD-style few-step sampling: at each timestep predict x0, then noise it to the next timestep.
-
-    The x0 rows and the noising come from `scheduler`'s schedule over all its training timesteps, at the entry nearest
-    to each of `timesteps` (as FastVideo's and SGLang's DMD stages look it up); the last row ends at x0 itself.
-    One draw a row but the last. The scheduler is never changed.
-
-    Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall.
-    """
-    check_scheduler(scheduler)
-    times = [float(t) for t in timesteps]
-    if not times or any(later >= earlier for earlier, later in pairwise(times)):
-        raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
-    key = (fingerprint(scheduler), "renoise", tuple(times))
-    return table_cache.get(key, lambda: _renoise(scheduler, times))
-
-
-def _renoise(scheduler: Any, times: list[float]) -> StepTable:
-    name = type(scheduler).__name__
-    steps = int(scheduler.config.num_train_timesteps)
-    of_all = {"original_inference_steps": steps} if hasattr(scheduler.config, "original_inference_steps") else {}
-    whole = Schedule.of(scheduler, 0, {"num_inference_steps": steps} | of_all)
-    with plain_torch():
-        entries = Stepper(scheduler, whole).timesteps
-        rows: list[_Row] = []
-        levels: list[tuple[float, float]] = []
-        for t in times:
-            index = int((entries.double() - t).abs().argmin())
-            stepper = Stepper(scheduler, Schedule(whole.set_timesteps, whole.step, index))
-            prober = Prober(stepper, 32)
-            row = prober.row(entries[index])
-            if row.x0 is None:
-                raise not_linear(
-                    f"{name} re-noised", f"it tells no x0 at timestep {t:g}", "FlowMatchEulerDiscreteScheduler or LCM"
-                )
-            levels.append(_noise_level(scheduler, whole, entries[index]))
-            rows.append(row)
-    count = len(rows)
-    A, b, d, C = np.zeros((count, 1, 1)), np.zeros((count, 1)), np.zeros((count, 1)), np.zeros((count, 1, 1))
-    r, x0_row = np.zeros((count, 2)), np.zeros((count, 4))
-    for i, row in enumerate(rows):
-        assert row.x0 is not None
-        alpha, sigma = levels[i + 1] if i + 1 < count else (1.0, 0.0)
-        phi = 0.0 if row.trace.phi is None else row.x0[row.trace.phi]
-        x0_row[i, :3] = row.x0[0], row.x0[len(row.start)], phi
-        if row.trace.r is not None:
-            r[i] = row.trace.r[0], row.trace.r[len(row.start)]
-        A[i], b[i], d[i], C[i] = alpha * x0_row[i, 0], alpha * x0_row[i, 1], alpha * phi, sigma
-    return StepTable(
-        timesteps=torch.tensor(times, dtype=torch.float32),
-        c_in=torch.tensor([row.c_in for row in rows], dtype=torch.float64),
-        A=torch.from_numpy(A), b=torch.from_numpy(b), d=torch.from_numpy(d), C=torch.from_numpy(C),
-        r=torch.from_numpy(r),
-        lo=torch.tensor([row.trace.lo for row in rows], dtype=torch.float64),
-        hi=torch.tensor([row.trace.hi for row in rows], dtype=torch.float64),
-        x0_row=torch.from_numpy(x0_row),
-        init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
-        draws=tuple((None,) if i + 1 < count else () for i in range(count)),
-        latents=(("sample",),) * (count + 1),
-        x0_source=rows[0].x0_source,
-        source=f"{name} renoised",
-    )  # fmt: skip
-
-
-def _noise_level(scheduler: Any, schedule: Schedule, timestep: Tensor) -> tuple[float, float]:
-    """(alpha, sigma) of the scheduler's own `add_noise` (or `scale_noise`) at `timestep`."""
-    stepper = Stepper(scheduler, schedule)
-    own = stepper.scheduler
-    if hasattr(own, "_begin_index"):
-        own._begin_index = None  # else add_noise takes the begin index for the timestep's
-    clean, eps = torch.eye(2, dtype=torch.float64)[:, None, None, None].unbind(0)
-    with Interception(clean.shape, lambda size, dtype: torch.zeros(size), torch.clamp, stepper.refuse):
-        if hasattr(own, "add_noise"):
-            noisy = own.add_noise(clean, eps, timestep.reshape(1))
-        elif hasattr(own, "scale_noise"):
-            noisy = own.scale_noise(clean, timestep.reshape(1), eps)
-        else:
-            raise not_linear(
-                f"{stepper.name} re-noised",
-                "it has neither add_noise nor scale_noise",
-                "FlowMatchEulerDiscreteScheduler",
-            )
-    alpha, sigma = noisy.flatten().tolist()
-    return alpha, sigma

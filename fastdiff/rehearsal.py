@@ -17,18 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdiff.intercept import Interception
-from fastdiff.probe import (
-    PROOF_SHAPE,
-    Prober,
-    Schedule,
-    Stepper,
-    assemble,
-    fork,
-    latents_in,
-    plain_torch,
-    probe,
-    table_cache,
-)
+from fastdiff.probe import PROOF_SHAPE, Prober, assemble, probe, table_cache
+from fastdiff.stepper import Schedule, Stepper, fork, latents_in, plain_torch
 from fastdiff.table import StepTable
 
 Dtypes = tuple[torch.dtype, torch.dtype]

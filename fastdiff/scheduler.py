@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fastdiff.errors import FastdiffError
 from fastdiff.intercept import Interception
 from fastdiff.position import Position, Reason, Snapshot
-from fastdiff.probe import check_scheduler
+from fastdiff.stepper import check_scheduler
 
 
 class TableStats(NamedTuple):

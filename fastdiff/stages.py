@@ -10,9 +10,10 @@ import torch
 
 from fastdiff.families import Family
 from fastdiff.noise import normal, row_noise, seeded
-from fastdiff.probe import REFUSED, not_linear, tabulate
+from fastdiff.probe import tabulate
 from fastdiff.request import Request
 from fastdiff.state import RequestState
+from fastdiff.stepper import REFUSED, not_linear
 from fastdiff.table import StepTable
 
 

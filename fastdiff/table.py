@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -201,16 +201,6 @@ class StepTable:
         if table.digest != metadata.get("digest"):
             raise ValueError(f"{table!r} is not what was saved: the digest in the file is {metadata.get('digest')}")
         return table
-
-    @staticmethod
-    def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
-        """Few-step sampling as DMD does it: predict x0 at each of `timesteps`, noise it to the next.
-
-        See `fastdiff.probe.renoise`, which reads both rows off `scheduler` (Yin et al. 2024, arXiv 2405.14867).
-        """
-        from fastdiff.probe import renoise  # the one constructor that lives beside the prober
-
-        return renoise(scheduler, timesteps)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _TENSOR_NAMES}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastdiff.audit import DeviceTensor, EmulatedDevice, Finding, Kind, RecordedStep, audit, randomize
+from fastdiff.audit import Finding, Kind, RecordedStep, audit, randomize
+from fastdiff.emulated import DeviceTensor, EmulatedDevice
 from fastdiff.errors import CannotCapture
 from fastdiff.families import Family, family_of
 from fastdiff.plan import CapturePlan, TensorSpec

@@ -22,7 +22,9 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.errors import NotLinear, NumericalError
-from fastdiff.probe import table_cache
+from fastdiff.probe import probe, table_cache
+from fastdiff.stepper import Schedule
+from fastdiff.table import prune
 from tests import oracle
 
 SHAPE = (2, 3, 4, 5)  # [B, C, H, W]
@@ -146,14 +148,12 @@ def test_memory_after_pruning(name: str, config: dict[str, Any], memory: int) ->
 
 
 def test_the_unpruned_table_names_the_attribute_behind_each_latent() -> None:
-    from fastdiff.probe import Schedule, probe
-
     scheduler = diffusers.IPNDMScheduler()
     table = probe(scheduler, Schedule.of(scheduler, 0, {"num_inference_steps": 8}))
     assert table.latents[0] == ("sample",)
     assert table.latents[8][:3] == ("sample", "ets[0]", "ets[1]")
     assert table.memory == 9  # the list only grows
-    pruned = fastdiff.prune(table)
+    pruned = prune(table)
     assert pruned.memory == 4
     assert pruned.latents[5] == ("sample", "ets[2]", "ets[3]", "ets[4]")
 
@@ -738,7 +738,7 @@ TIMES = [1000.0, 757.0, 522.0]
 def test_renoise_is_the_dmd_loop_over_flow_matching() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
     before = snapshot(scheduler)
-    table = fastdiff.StepTable.renoise(scheduler, TIMES)
+    table = fastdiff.renoise(scheduler, TIMES)
     assert snapshot(scheduler) == before
     assert (len(table), table.memory, table.draws) == (3, 1, ((None,), (None,), ()))
     assert table.timesteps.tolist() == TIMES
@@ -771,7 +771,7 @@ def test_renoise_is_the_dmd_loop_over_flow_matching() -> None:
 def test_renoise_is_x0_then_add_noise(name: str, config: dict[str, Any]) -> None:
     scheduler = getattr(diffusers, name)(**config)
     times = [999.0, 749.0, 499.0, 249.0]
-    table = fastdiff.StepTable.renoise(scheduler, times)
+    table = fastdiff.renoise(scheduler, times)
 
     real = copy.deepcopy(scheduler)
     arguments = {"original_inference_steps": 1000} if name == "LCMScheduler" else {}
@@ -792,15 +792,15 @@ def test_renoise_is_x0_then_add_noise(name: str, config: dict[str, Any]) -> None
 @pytest.mark.parametrize("times", [[], [500.0, 500.0], [100.0, 900.0]])
 def test_renoise_wants_falling_timesteps(times: list[float]) -> None:
     with pytest.raises(ValueError, match="timesteps: expected a falling sequence"):
-        fastdiff.StepTable.renoise(diffusers.FlowMatchEulerDiscreteScheduler(), times)
+        fastdiff.renoise(diffusers.FlowMatchEulerDiscreteScheduler(), times)
 
 
 def test_renoise_refuses_a_scheduler_without_x0() -> None:
     with pytest.raises(NotLinear, match=r"PNDMScheduler re-noised is not a table: it tells no x0 .*Use instead"):
-        fastdiff.StepTable.renoise(diffusers.PNDMScheduler(), TIMES)
+        fastdiff.renoise(diffusers.PNDMScheduler(), TIMES)
 
 
 def test_renoise_is_cached() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    assert fastdiff.StepTable.renoise(scheduler, TIMES) is fastdiff.StepTable.renoise(scheduler, TIMES)
-    assert fastdiff.StepTable.renoise(scheduler, TIMES[:2]) != fastdiff.StepTable.renoise(scheduler, TIMES)
+    assert fastdiff.renoise(scheduler, TIMES) is fastdiff.renoise(scheduler, TIMES)
+    assert fastdiff.renoise(scheduler, TIMES[:2]) != fastdiff.renoise(scheduler, TIMES)

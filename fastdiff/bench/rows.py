@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.audit import on_host
 from fastdiff.bench.arms import (
     Workbench,
     cloned_deepcopy,
@@ -27,6 +26,7 @@ from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, Setu
 from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
 from fastdiff.capture import Mode, Steps
 from fastdiff.denoiser import Denoiser
+from fastdiff.emulated import on_host
 from fastdiff.noise import normal, row_noise, run_noise, seeded
 from fastdiff.plan import CapturePlan
 from fastdiff.probe import table_cache

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.audit import EmulatedDevice, Operation, elements
+from fastdiff.emulated import EmulatedDevice, Operation, elements
 from fastdiff.profile import computes
 
 aten = torch.ops.aten

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdiff.audit import on_host
 from fastdiff.bench.rows import RowBench, counts, memory
 from fastdiff.bench.suite import CountCase, MemoryCase
 from fastdiff.bench.vram import CountingDevice, live_tensors, reachable_tensors, storage_bytes
+from fastdiff.emulated import on_host
 
 
 def test_every_tensor_is_found_once_however_deep() -> None:
