@@ -44,6 +44,7 @@ MIXED = [
     Request(prompt="a handwritten eight", seed=8, scheduler="DDPM", timesteps=[900, 500, 200]),
     Request(prompt="a handwritten nine", seed=9, scheduler="EulerDiscrete", sigmas=[12.0, 4.0, 1.0]),
     Request(prompt="a handwritten zero", seed=10, steps=5, scheduler_options={"eta": 1.0}),
+    Request(prompt="a handwritten one", seed=11, steps=5, scheduler="TCD"),  # whose own eta is not the pipeline's
 ]
 
 
@@ -68,7 +69,7 @@ def diffusers_image(pipe: Any, request: Request) -> torch.Tensor:
 
 
 def test_a_mixed_batch_gives_every_request_its_own_diffusers_image(pipe: Any, runtime: Runtime) -> None:
-    """Ten requests over four slots: samplers, steps, guidance, seeds, prompts and schedules all differ."""
+    """Eleven requests over four slots: samplers, steps, guidance, seeds, prompts and schedules all differ."""
     for result in runtime.generate(MIXED):
         assert result.error is None
         assert result.image is not None

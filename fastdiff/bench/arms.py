@@ -153,7 +153,9 @@ class Run:
 
     def __init__(self, family: Family, request: Request, scheduler: Any) -> None:
         self.scheduler = scheduler
-        set_timesteps(scheduler, family.device, **family.schedule(request, scheduler))
+        asked, takes = family.schedule(request, scheduler), inspect.signature(scheduler.step).parameters
+        self.step_options = {name: asked.pop(name) for name in asked.keys() & takes}
+        set_timesteps(scheduler, family.device, **asked)
         self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
         self.conditioning = {name: tensor[None] for name, tensor in family.encode(request).items()}
         self.guidance = torch.tensor([family.guidance(request)], device=family.device)
@@ -161,7 +163,7 @@ class Run:
         latents = family.noise(lambda shape: normal(generator, shape, family.latent_dtype, family.device))[None]
         self.sample: Tensor = latents * init_noise_sigma(scheduler)  # [1, C, H, W]
         self.row = 0
-        self.step_options = step_options(scheduler, generator)
+        self.step_options |= step_options(scheduler, generator)
 
     @property
     def unfinished(self) -> bool:

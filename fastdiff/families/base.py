@@ -6,6 +6,7 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,9 @@ class Family(ABC):
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.latent_dtype = self.dtype  # of noise draws and returned latents; in some float32 whatever the model's is
-        argument = inspect.signature(type(pipe).__call__).parameters.get(self.scale_name)
-        self.own_scale = 1.0 if argument is None else float(argument.default)
+        call = inspect.signature(type(pipe).__call__).parameters
+        self.own_scale = float(call[self.scale_name].default) if self.scale_name in call else 1.0
+        self._eta = {"eta": call["eta"].default} if "eta" in call else {}  # for steps that take one; TCD's own is 0.3
 
     @abstractmethod
     def check(self, request: Request) -> None:
@@ -101,7 +103,8 @@ class Family(ABC):
 
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
         """The keyword arguments of `fastdiff.tabulate` for the request on `scheduler`, as the pipeline passes them."""
-        return request.schedule
+        passed = self._eta if _takes_eta(getattr(type(scheduler), "step", object)) else {}
+        return passed | request.schedule
 
     def noise(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """The first noise as a latent; `draw` makes standard normal noise of a shape from the request's generator."""
@@ -223,6 +226,11 @@ def statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 def batched(tensor: Tensor | None) -> Tensor | None:
     """[...] as [1, ...]."""
     return None if tensor is None else tensor[None]
+
+
+@cache
+def _takes_eta(step: Callable[..., Any]) -> bool:
+    return "eta" in inspect.signature(step).parameters
 
 
 def config_of(scheduler: Any) -> Mapping[str, Any]:
