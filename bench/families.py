@@ -23,6 +23,8 @@ import fastdiff
 from fastdiff.bench.journal import commit
 from fastdiff.bench.machine import fingerprint
 from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, compare, interleave
+from fastdiff.bench.summary import speed_up
+from fastdiff.bench.words import table
 from fastdiff.families import FAMILIES
 from tests.families.tiny import relative_error
 from tests.families.tiny_pipelines import PIPELINES, sizes_of
@@ -128,6 +130,7 @@ def block_of(call: Callable[[], Tensor]) -> Block:
 
 def markdown(report: dict[str, Any]) -> str:
     """The page: rates of all arms, and ratios to the untouched call, each with its interval."""
+    rows = [(name, *(spelled(cell, arm) for arm in ARMS)) for name, cell in report["cells"].items()]
     lines = [
         "# families", "",
         f"Whole calls of the tests' tiny pipelines, random weights, one request of {STEPS} steps, text to pixels, on "
@@ -135,10 +138,8 @@ def markdown(report: dict[str, Any]) -> str:
         "untouched pipeline's rate that is, with its 99 % interval: above 1 is faster. Tiny models are all dispatch, "
         "so this is what a call costs around a model, and no real model's gain. Written by `python -m bench.families`; "
         "raw samples in samples.json.", "",
-        "| pipeline | " + " | ".join(ARMS) + " |", "| --- | ---: | ---: | ---: | ---: |",
+        table(("pipeline", *ARMS), rows),
     ]  # fmt: skip
-    for name, cell in report["cells"].items():
-        lines.append(f"| {name} | " + " | ".join(spelled(cell, arm) for arm in ARMS) + " |")
     notes = (*(f"{arm}: {what}" for arm, what in ARMS.items()), *NOTES)
     return "\n".join([*lines, "", *map("- {}".format, notes)]) + "\n"
 
@@ -152,8 +153,7 @@ def spelled(cell: dict[str, Any], arm: str) -> str:
     rate = f"{cell['rows'] / median(cell['total_s'][arm]):.0f} rows/s"
     if arm == "untouched":
         return rate
-    ratio = cell["ratios"][arm]
-    return f"{rate}, {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"{rate}, {speed_up(cell['ratios'][arm])}"
 
 
 if __name__ == "__main__":

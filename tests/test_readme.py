@@ -11,7 +11,8 @@ import pytest
 
 import fastdiff
 from fastdiff.bench import schema
-from fastdiff.bench.report import attribution_table, markdown_table
+from fastdiff.bench.report import markdown_table
+from fastdiff.bench.tables import attribution_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

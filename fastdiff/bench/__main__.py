@@ -6,7 +6,6 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from fastdiff.bench import ab, compare, doctor, export, gpu, memory, profile, run, selftest
 from fastdiff.bench.arguments import Parser, refuse
@@ -19,8 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "run")
     options = _parser().parse_args(given)
-    if find_spec("rich") is None:
-        refuse("rich is missing: pip install 'fastdiff-runtime[bench]'")
     try:
         code: int = options.main(options)
     except FastdiffError as error:
@@ -37,20 +34,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures what each way of owning a scheduler costs. Without a command: run, with run's options.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, add, call, text in (
-        ("run", run.add_arguments, run.main, "measure a suite; --quick is the smallest"),
-        ("compare", compare.add_arguments, compare.main, "two reports, unpaired: evidence on time, a gate on counts"),
-        ("ab", ab.add_arguments, ab.main, "is one commit slower than another: the gate of a pull request"),
-        ("selftest", selftest.add_arguments, selftest.main, "whether times mean anything on this machine"),
-        ("doctor", doctor.add_arguments, doctor.main, "what keeps a pipeline's step from being captured"),
-        ("memory", memory.add_arguments, memory.main, "what a runtime takes, phase by phase"),
-        ("report", export.add_arguments, export.main, "a report as a page, Markdown, JUnit or CSV; a folder's index"),
-        ("gpu", gpu.add_arguments, gpu.main, "everything that only a CUDA machine can tell, cell by cell"),
-        ("profile", profile.add_arguments, profile.main, "what a row costs and whether graphs pay"),
+    for name, module, text in (
+        ("run", run, "measure a suite; --quick is the smallest"),
+        ("compare", compare, "two reports, unpaired: evidence on time, a gate on counts"),
+        ("ab", ab, "is one commit slower than another: the gate of a pull request"),
+        ("selftest", selftest, "whether times mean anything on this machine"),
+        ("doctor", doctor, "what keeps a pipeline's step from being captured"),
+        ("memory", memory, "what a runtime takes, phase by phase"),
+        ("report", export, "a report as a page, Markdown, JUnit or CSV; a folder's index"),
+        ("gpu", gpu, "everything that only a CUDA machine can tell, cell by cell"),
+        ("profile", profile, "what a row costs and whether graphs pay"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        add(command)
-        command.set_defaults(main=call)
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
     return parser
 
 

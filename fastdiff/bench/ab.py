@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastdiff.bench import canary, machine, selftest, suite
-from fastdiff.bench.arguments import device, refuse
+from fastdiff.bench import canary, gates, machine, schema, selftest, suite, words
+from fastdiff.bench.arguments import refuse, shared
 from fastdiff.bench.cells import IMAGE_TOLERANCE, ROW_TOLERANCE
 from fastdiff.bench.files import write
+from fastdiff.bench.journal import stamp
+from fastdiff.bench.outcome import CANARIES
 from fastdiff.bench.sides import (
     SIDES,
     Bench,
@@ -35,15 +37,12 @@ from fastdiff.bench.sides import (
     worktrees,
 )
 from fastdiff.bench.stats import pairs_needed, ratio
-from fastdiff.bench.verdict import DELTA, WIDTH, Judgement, judge_processes
-from fastdiff.bench.words import table
+from fastdiff.bench.verdict import DELTA, LEAST_PROCESSES, WIDTH, Judgement, judge_processes
 
-SCHEMA = "fastdiff.ab/1"
 LEVEL = 0.99  # for all looks together
-LEAST_PROCESSES = 6
 LOOKS = (6, 10, 16, 24, 36)  # a sound case is done by the third; the others are for what is neither clear nor nothing
 BLOCK_S = 0.02
-CANARIES = tuple(Work(name, "canary", max_s=0.6) for name in canary.NAMES)  # beside ten seconds of start and cases
+CANARY_WORK = tuple(Work(name, "canary", max_s=0.6) for name in CANARIES)  # beside ten seconds of start and cases
 TOLERANCES = {"row": ROW_TOLERANCE, "image": IMAGE_TOLERANCE}
 
 
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--deterministic", action="store_true", help="results and counts alone, no times")
     parser.add_argument("--suite", default="ab", metavar="NAME", help="a suite of bench/, or a file (default: ab)")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    shared(parser, "--device")
     parser.add_argument("--seed", type=int, default=0, help="of latents, noise and the order of sides")
 
 
@@ -115,9 +114,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             else _compare_times(bench, sound, chosen.max_pairs, options, gate.delta, exact["failed"])
         )
     return {
-        "schema": SCHEMA,
-        "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
+        "schema": schema.AB,
+        **stamp(),
         "revisions": {side: revision._asdict() for side, revision in revisions.items()},
         "uncommitted": uncommitted(revisions["head"]),
         "settings": {
@@ -191,8 +189,6 @@ def document(chosen: suite.Suite) -> dict[str, Any]:
 
 def _compare_exactly(bench: Bench, work: Sequence[Work]) -> dict[str, Any]:
     """Whether both compute the same, and the figures of both: one process of each side is enough."""
-    from fastdiff.bench import gates
-
     figures: dict[str, dict[str, int]] = {side: {} for side in SIDES}
     results: dict[str, dict[str, Any]] = {}
 
@@ -238,9 +234,9 @@ def _compare_times(
     of processes and are judged at every look: one that is undecided then gets more pairs, as a case does.
     """
     order, nvml = np.random.default_rng(options.seed), machine.Nvml(torch.device(options.device))
-    log_ratios: dict[str, list[float]] = {one.name: [] for one in (*CANARIES, *work)}
+    log_ratios: dict[str, list[float]] = {one.name: [] for one in (*CANARY_WORK, *work)}
     clocks: dict[str, Counter[str]] = {one.name: Counter() for one in work}
-    canaries, undecided = list(CANARIES), list(work)
+    canaries, undecided = list(CANARY_WORK), list(work)
     judged: dict[str, Judgement] = {}
     vouched: dict[str, Judgement] = {}
     canary_s = 0.0
@@ -269,7 +265,7 @@ def _compare_times(
         if number in options.processes:
             judged |= {one.name: judge(one.name) for one in undecided}
             undecided = [one for one in undecided if judged[one.name].verdict == "INCONCLUSIVE"]
-            vouched = {one.name: judge(one.name) for one in CANARIES}
+            vouched = {one.name: judge(one.name) for one in CANARY_WORK}
         settled = not judged or all(one.verdict != "INCONCLUSIVE" for one in vouched.values())
         if not undecided and settled:
             break
@@ -354,15 +350,15 @@ def markdown(report: Mapping[str, Any]) -> str:
     known = report["canaries"]
     if known and known["doubt"]:
         lines += [f"- INVALID: no time of this run is to be believed: {known['doubt']}"]
-    lines += [f"- not measured: {canary.NAMES.get(name, name)}: {why}" for name, why in report["failed"].items()]
+    lines += [f"- not measured: {CANARIES.get(name, name)}: {why}" for name, why in report["failed"].items()]
     if report["uncommitted"]:
         lines += [f"- on neither side, because no commit has it: {', '.join(report['uncommitted'])}"]
     if report["changes"]:
         moved = [
-            (change["name"], _number(change["base"]), _number(change["head"]), change["verdict"])
+            (change["name"], words.number(change["base"]), words.number(change["head"]), change["verdict"])
             for change in report["changes"]
         ]
-        lines += ["", table(("figure", "base", "head", "verdict"), moved, words=(0, 3))]
+        lines += ["", words.table(("figure", "base", "head", "verdict"), moved, words=(0, 3))]
     unchanged = len(report["figures"]["head"]) - sum(change["head"] is not None for change in report["changes"])
     lines += ["", f"{unchanged} counted figures are the same in both."]
     if report["times"]:
@@ -377,8 +373,8 @@ def _times(report: Mapping[str, Any]) -> Iterator[str]:
     known, settings = report["canaries"], report["settings"]
     header = ("time", "change", "interval", "slowdowns excluded", "process pairs", "verdict")
     rows = [_time_row(name, one["judgement"]) for name, one in report["times"].items()]
-    rows += [_time_row(f"canary: {what}", known[name]["judgement"]) for name, what in canary.NAMES.items()]
-    yield from ("", table(header, rows, words=(0, 2, 5)))
+    rows += [_time_row(f"canary: {what}", known[name]["judgement"]) for name, what in CANARIES.items()]
+    yield from ("", words.table(header, rows, words=(0, 2, 5)))
     delta = settings["delta"]
     yield from (
         "",
@@ -404,10 +400,6 @@ def _headline(report: Mapping[str, Any], wrong: Mapping[str, str]) -> str:
     inconclusive = f", {verdicts['INCONCLUSIVE']} inconclusive" if verdicts["INCONCLUSIVE"] else ""
     same = len({revision["commit"] for revision in report["revisions"].values()}) == 1
     return ("A/A, one commit on both sides: " if same else "") + (", ".join(named) or "No change") + inconclusive
-
-
-def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
 
 
 def _time_row(name: str, judgement: Mapping[str, Any]) -> tuple[str, ...]:

@@ -53,6 +53,12 @@ def scheduler(text: str) -> str:
     return text
 
 
+def shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add arguments that several commands have alike."""
+    for name in names:
+        parser.add_argument(name, **_SHARED[name])
+
+
 def positive(text: str) -> int:
     """An integer of at least one."""
     if not text.isdecimal() or int(text) < 1:
@@ -65,6 +71,13 @@ def plain_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) or text == "runs":
         raise argparse.ArgumentTypeError(f"expected a plain folder name other than 'runs', got {text!r}")
     return text
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "model": {"nargs": "?", "type": folder, "metavar": "MODEL", "help": "a saved diffusers pipeline (default: digits)"},
+    "--device": {"type": device, "default": "cpu", "help": "cpu, cuda or cuda:N (default: cpu)"},
+    "--json": {"action": "store_true", "help": "print JSON instead of a table"},
+}
 
 
 def model_name(model: Path | None) -> str:

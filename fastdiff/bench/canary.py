@@ -17,6 +17,7 @@ import torch
 import fastdiff
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.measure import Block, Sample
+from fastdiff.bench.outcome import CANARIES
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.stats import pairs_needed
 from fastdiff.bench.verdict import Judgement, judge
@@ -28,7 +29,6 @@ from fastdiff.state import RequestState
 BLOCK_S = 0.02  # long enough for a clock, and for a GPU to keep its own
 BASE, SAME, SLOWER = "base", "the same", "a tenth more"
 COMPARISONS = ((BASE, SAME), (BASE, SLOWER))
-NAMES = {"a_a": "the same work twice", "slower_10_percent": "a tenth more work"}
 ROWS = {"a_a": {"base": 10, "head": 10}, "slower_10_percent": {"base": 10, "head": 11}}
 """What `ab` has either side of a pair of processes do, as many times over as make a block."""
 
@@ -59,9 +59,9 @@ def doubt(same: Judgement, slower: Judgement) -> str:
     """
     amiss = []
     if same.verdict not in ("NO-CHANGE", "INCONCLUSIVE"):
-        amiss.append(f"{NAMES['a_a']} was judged {same.verdict}")
+        amiss.append(f"{CANARIES['a_a']} was judged {same.verdict}")
     if slower.verdict != "REGRESSION":
-        amiss.append(f"{NAMES['slower_10_percent']} was judged {slower.verdict}")
+        amiss.append(f"{CANARIES['slower_10_percent']} was judged {slower.verdict}")
     return "; ".join(amiss)
 
 

@@ -18,7 +18,9 @@ from fastdiff.bench.machine import Nvml
 from fastdiff.bench.measure import Block, Sample, StopRule, compare, interleave
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import FateCase, ImageCase, MemoryCase, RowCase, SetupCase, Suite
+from fastdiff.bench.summary import compiled_part
 from fastdiff.bench.vram import vram_peak
+from fastdiff.bench.words import dimensions
 from fastdiff.stages import table_of
 
 IMAGE_TOLERANCE = 1e-3  # of a pixel in [0, 1], a quarter of a grey level: batching alone moves pixels by up to 1e-4
@@ -161,11 +163,10 @@ def _memory(row_bench: RowBench, case: MemoryCase) -> Iterator[Entry]:
 def _rows(row_bench: RowBench, case: RowCase, suite: Suite, seed: int) -> Iterator[Entry]:
     torch.set_num_threads(case.threads)  # before anything is compiled: the kernels are made for so many
     made = {"diffusers": row_bench.diffusers_rows(case)}
-    shape = "x".join(map(str, case.latent_shape))
     for mode in case.modes:
         made[f"tensorized/{mode}"] = row_bench.table_block(case, mode)
     for name, (block, _) in made.items():
-        row_bench.bench.first_call(f"null-model step, {shape}, batch {case.batch}", name, block)
+        row_bench.bench.first_call(f"null-model step, {dimensions(case.latent_shape)}, batch {case.batch}", name, block)
     lasts = {name: rows.last_samples(last) for name, (_, last) in made.items()}
     reference = lasts["diffusers"]
     errors = {name: ((last - reference).abs().max() / reference.abs().max()).item() for name, last in lasts.items()}
@@ -190,10 +191,9 @@ def _images(row_bench: RowBench, case: ImageCase, suite: Suite, seed: int) -> It
     with torch.no_grad():
         reference = torch.stack(arms.images_of(bench, "shared-sequential/eager", requests, True, bench.stopwatch()))
         for arm, block in blocks.items():
-            what = "denoiser and step" if arm.startswith("tensorized") else "denoiser"
             call = partial(arms.images_of, bench, arm, requests, sequential, bench.stopwatch())
             try:
-                images = bench.first_call(f"{what}, batch {case.batch}", arm, call)
+                images = bench.first_call(compiled_part(arm, case.batch), arm, call)
             except Exception as error:  # whatever compiling or capturing this model raises
                 failed.append(f"{arm}: {_reason(error)}")
                 continue

@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 
 from fastdiff.bench import gates, outcome, schema, words
 from fastdiff.bench.arguments import refuse
-from fastdiff.bench.schema import PYTEST_BENCHMARK, BadReport, Report
+from fastdiff.bench.machine import lasting
+from fastdiff.bench.schema import PYTEST_BENCHMARK, BadReport
+from fastdiff.bench.summary import Report
 from fastdiff.bench.verdict import DELTA
 
 LEAST_ROUNDS = 20
@@ -174,11 +176,8 @@ def _place(report: Report) -> dict[str, Any]:
         info = report["machine_info"]
         known = {name: info.get(name) for name in ("node", "machine", "system", "python_version")}
         return {**known, "cpu": (info.get("cpu") or {}).get("brand_raw")}
-    machine = {
-        name: value for name, value in report["machine"].items() if name not in ("id", "load_average", "packages")
-    }
-    packages = {name: one for name, one in report["machine"]["packages"].items() if name != "fastdiff-runtime"}
-    return {**packages, **machine, "device": report["settings"]["device"], "model": report["model"]["name"]}
+    known = lasting(report["machine"])
+    return {**known.pop("packages"), **known, "device": report["settings"]["device"], "model": report["model"]["name"]}
 
 
 def _benchmarks(report: Report) -> dict[str, Mapping[str, Any]]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.audit import Finding, audit
-from fastdiff.bench.arguments import folder, pipeline, refuse
+from fastdiff.bench.arguments import folder, pipeline, refuse, shared
+from fastdiff.bench.terminal import require_rich, say, show
 from fastdiff.errors import FastdiffError, NotLinear, NumericalError, PlanMismatch
 from fastdiff.families import FAMILIES, family_of
 from fastdiff.plan import CapturePlan, TensorSpec
@@ -33,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", type=_model, metavar="MODEL", help="a saved diffusers pipeline, or digits (the default)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    shared(parser, "--json")
 
 
 def main(options: argparse.Namespace) -> int:
     """Audit, print; 0 for a pipeline that can be captured as it is, 1 for one with findings."""
+    if not options.json:
+        require_rich()
     pipe, name = pipeline(options.model, "cpu")
     try:
         report = examine(pipe, name)
@@ -203,11 +206,6 @@ def _not_linear(scheduler: Any) -> str | None:
 
 def print_report(report: dict[str, Any]) -> None:
     """One table of what was found, what to do about each kind, and a last line that says what can be captured."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
     rows = [
         (one["kind"], one["operation"], f"{_short(one['file'])}:{one['line']}", str(one["count"]))
         for one in report["findings"]
@@ -217,14 +215,10 @@ def print_report(report: dict[str, Any]) -> None:
         rows.append(("non-linear option", report["scheduler"], "", ""))
         advice["non-linear option"] = report["not_linear"]
     if rows:
-        table = Table(title=Text(f"{report['model']}: {report['step']}, {report['scheduler']}"), title_justify="left")
-        for heading in ("what", "operation", "where", "times a step"):
-            table.add_column(heading, overflow="fold", justify="right" if heading == "times a step" else "left")
-        for cells in rows:
-            table.add_row(*map(Text, cells))
-        console.print(table)
+        title = f"{report['model']}: {report['step']}, {report['scheduler']}"
+        show(title, ("what", "operation", "where", "times a step"), rows, words=(0, 1, 2))
     for label, sentence in (*advice.items(), ("Open to capture", report["capturable"])):
-        console.print(f"{label}: {sentence}.", markup=False, highlight=False)
+        say(f"{label}: {sentence}.")
 
 
 def _short(file: str) -> str:

@@ -13,8 +13,9 @@ import torch
 from fastdiff.bench import machine, schema
 from fastdiff.bench.cells import Piece
 from fastdiff.bench.journal import RUNS
-from fastdiff.bench.schema import BadReport, Report
+from fastdiff.bench.schema import BadReport
 from fastdiff.bench.suite import ImageCase, RowCase, Suite
+from fastdiff.bench.summary import Report
 
 REPORTS = Path("reports")  # the working directory's: those that are kept, and in RUNS every run
 

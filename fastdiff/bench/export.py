@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fastdiff.bench import files, outcome, schema, words
+from fastdiff.bench import files, outcome, schema, terminal, words
 from fastdiff.bench.arguments import refuse
-from fastdiff.bench.report import markdown, print_tables, ratio_text
+from fastdiff.bench.report import markdown, print_tables
 from fastdiff.bench.suite import split
-from fastdiff.bench.summary import Report, unit_s
+from fastdiff.bench.summary import Report, section, unit_s
+from fastdiff.bench.tables import ratio_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +55,7 @@ def main(options: argparse.Namespace) -> int:
     for name, path in wanted.items():
         files.write(path, texts[name])
     if not wanted:
+        terminal.require_rich()
         print_tables(report)
     return 0
 
@@ -76,7 +78,7 @@ def junit(report: Report) -> str:
     wrong = outcome.wrong_answers(report)
     for case in (*report["images"], *report["rows"]):
         own = [one for one in compared if one.case is case]
-        kind = "images" if "workload" in case else "rows"
+        kind = section(case)
         failed = [f"{one.arm}: {one.reason}" for one in wrong if (one.section, one.case) == (kind, case["name"])]
         verdicts = {one.judgement.verdict for one in own}
         seconds = sum(sum(arm["total_s"]) for arm in case["arms"].values())
@@ -176,13 +178,13 @@ def _arms(report: Report) -> Iterator[dict[str, Any]]:
     known = {"created": report["created"], "machine": report["machine"]["id"], "model": report["model"]["name"]}
     compared = list(outcome.comparisons(report))
     for case in (*report["images"], *report["rows"]):
-        kind, unit = ("images", "image") if "workload" in case else ("rows", "row of the batch")
+        unit = "image" if section(case) == "images" else "row of the batch"
         for arm, measured in case["arms"].items():
             ownership, mode = split(arm)
             one = next((one for one in compared if one.case is case and one.arm == arm), None)
             ratio = (one.ratio if one else None) or {}
             yield {
-                **known, "kind": kind, "case": case["name"], "samplers": " ".join(case["samplers"]),
+                **known, "kind": section(case), "case": case["name"], "samplers": " ".join(case["samplers"]),
                 "batch": case["batch"], "ownership": ownership, "mode": mode, "status": measured["status"],
                 "error": measured["error"], "samples": len(measured["total_s"]), "seconds_per_unit": unit_s(case, arm),
                 "unit": unit, "base": one.base if one else None, "ratio": ratio.get("value"), "low": ratio.get("low"),

@@ -48,6 +48,7 @@ from fastdiff.bench.measure import StopRule
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.suite import MemoryCase
 from fastdiff.bench.vram import device_bytes, settle_device
+from fastdiff.bench.words import NEEDS_CUDA
 from fastdiff.capture import Built, Regions, StepGraphs, Steps, compiled, step_function
 from fastdiff.denoiser import Denoiser
 from fastdiff.models.geometries import Geometry, Inputs, geometry
@@ -59,7 +60,6 @@ from fastdiff.stages import scheduler_class
 from fastdiff.state import RequestState
 from fastdiff.step import denoise_step
 
-NEEDS_CUDA = "needs CUDA"
 GRAPH_ARMS = ("tensorized/step-graph", "tensorized/loop-graph")
 TESTS_END_S = 15  # of their cell's max_s, for it to start and to say how far they came
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,14 @@ def unfinished() -> Path:
     if not folders:
         raise CannotResume(f"{RUNS}: no run has been started here")
     return folders[-1]
+
+
+def stamp() -> dict[str, Any]:
+    """When a command was given, in UTC, and what it was: of every report that one writes."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
+    }
 
 
 def commit() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,6 +73,13 @@ def describe(machine: dict[str, Any]) -> str:
         f"torch {packages['torch']}, diffusers {packages['diffusers']}, Python {machine['python']} "
         f"(fingerprint {machine['id']})"
     )
+
+
+def lasting(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a fingerprint times are of: neither the version that is measured nor what else ran at the time."""
+    packages = {name: version for name, version in known["packages"].items() if name != "fastdiff-runtime"}
+    moving = ("id", "load_average", "packages")
+    return {"packages": packages} | {name: value for name, value in known.items() if name not in moving}
 
 
 def _cpu_model() -> str:

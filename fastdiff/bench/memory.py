@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.bench.arguments import device, folder, pipeline, positive
+from fastdiff.bench.arguments import pipeline, positive, shared
+from fastdiff.bench.terminal import require_rich, say, show
 from fastdiff.bench.words import byte_count
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ class Phase:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --device, --batch, --mode and --json."""
-    parser.add_argument(
-        "model", nargs="?", type=folder, metavar="MODEL", help="a saved diffusers pipeline (default: digits)"
-    )
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    shared(parser, "model", "--device", "--json")
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="slots (default: 8)")
     parser.add_argument("--mode", choices=MODES, help="default: step-graph on CUDA, eager elsewhere")
     parser.add_argument(
@@ -59,11 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="what is captured: none captures at once (default: default)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure in a process of its own, print; 0, or what became of that process: 2 for bad arguments, 4 otherwise."""
+    if not options.json:
+        require_rich()
     mode = options.mode or ("eager" if options.device == "cpu" else "step-graph")
     task = {
         "model": options.model and str(options.model),
@@ -197,38 +196,28 @@ _FIGURES = {
 
 def print_report(report: dict[str, Any]) -> None:
     """One table, a column for each phase, and what there is to say of graphs and of NVML."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     phases = report["phases"]
+    rows = [
+        (label, *(byte_count(phase[name]) for phase in phases))
+        for name, label in _FIGURES.items()
+        if any(phase[name] is not None for phase in phases)
+    ]
+    pools = [phase["pool_bytes"] or {} for phase in phases]
+    rows += [
+        (f"reserved in pool {pool}", *(byte_count(one.get(pool)) for one in pools))
+        for pool in sorted(set().union(*pools))
+    ]
     title = f"Memory: {report['model']}, {report['mode']}, {report['batch']} slots, {report['device']}"
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("", overflow="fold")
+    show(title, ("", *(phase["name"] for phase in phases)), rows)
     for phase in phases:
-        table.add_column(phase["name"], justify="right", overflow="fold")
-    for name, label in _FIGURES.items():
-        if any(phase[name] is not None for phase in phases):
-            table.add_row(label, *(byte_count(phase[name]) for phase in phases))
-    for pool in sorted({pool for phase in phases for pool in phase["pool_bytes"] or ()}):
-        table.add_row(
-            f"reserved in pool {pool}", *(byte_count((phase["pool_bytes"] or {}).get(pool)) for phase in phases)
-        )
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-
-    def say(sentence: str) -> None:
-        console.print(f"{sentence}.", markup=False, highlight=False)
-
-    for phase in phases:
-        say(f"{phase['name']}: {phase['what']}")
-    say(f"Weights of the model {byte_count(report['weights_bytes'])}, all slots {byte_count(report['state_bytes'])}")
+        say(f"{phase['name']}: {phase['what']}.")
+    say(f"Weights of the model {byte_count(report['weights_bytes'])}, all slots {byte_count(report['state_bytes'])}.")
     for n, nbytes in (report["graph_bytes"] or {}).items():
-        say(f"The graph of batch size {n}: {byte_count(nbytes)} beside the larger ones")
+        say(f"The graph of batch size {n}: {byte_count(nbytes)} beside the larger ones.")
     if report["nvml_reason"]:
-        say(f"Nothing from NVML: {report['nvml_reason']}")
+        say(f"Nothing from NVML: {report['nvml_reason']}.")
     if report["foreign_processes"]:
-        say(f"Other processes on the device: {report['foreign_processes']}")
+        say(f"Other processes on the device: {report['foreign_processes']}.")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ WORDS: Mapping[Verdict, str] = {
 }
 """A verdict on two arms of one run, where nothing regressed: one arm is the faster."""
 
+CANARIES = {"a_a": "the same work twice", "slower_10_percent": "a tenth more work"}
+"""Comparisons whose outcome is known beforehand, as a report and a reader call them."""
+
 
 class Wrong(NamedTuple):
     """One wrong answer: the section of the report that it is in, the case, who gave it, and why it is wrong."""
@@ -76,10 +79,9 @@ def tally(report: Report) -> dict[str, int]:
 
 
 def canaries(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
-    """Comparisons whose outcome is known beforehand, with their judgements; those that the run has."""
+    """Those that the run has, as a reader calls them, with their judgements."""
     known = report["canaries"] or {}
-    labels = {"a_a": "the same work twice", "slower_10_percent": "a tenth more work"}
-    return [(label, known[name]) for name, label in labels.items() if known.get(name)]
+    return [(label, known[name]) for name, label in CANARIES.items() if known.get(name)]
 
 
 def distrust(report: Report) -> str:

@@ -15,33 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from fastdiff.bench import outcome
-from fastdiff.bench.report import (
-    arm_name,
-    attribution_table,
-    break_even_table,
-    changes_table,
-    clocks_table,
-    command,
-    compile_table,
-    counts_table,
-    errors_table,
-    facts,
-    fates_table,
-    introduction,
-    invalid_table,
-    meaning,
-    memory_table,
-    parity,
-    ratio_text,
-    samplers,
-    setup_table,
-    targets_table,
-    unsupported_table,
-)
+from fastdiff.bench.report import command, facts, introduction
 from fastdiff.bench.suite import ARMS, split
 from fastdiff.bench.summary import Report, unit_s
+from fastdiff.bench.tables import MAKERS, arm_name, attribution_table, by_sampler, meaning, parity, ratio_text, samplers
 from fastdiff.bench.verdict import MARGIN
-from fastdiff.bench.words import byte_count, duration
+from fastdiff.bench.words import byte_count, dimensions, duration
 from fastdiff.capture import Mode
 
 NO_CHANGE = 1 + MARGIN  # the band that is shaded
@@ -128,13 +107,6 @@ class Dots:
     path: str
 
 
-_TABLES = {
-    "invalid": invalid_table, "unsupported": unsupported_table, "changes": changes_table, "counts": counts_table,
-    "memory": memory_table, "setup": setup_table, "compile": compile_table, "break_even": break_even_table,
-    "fates": fates_table, "errors": errors_table, "targets": targets_table, "clocks": clocks_table,
-}  # fmt: skip
-
-
 def html(report: Report) -> str:
     """The whole page."""
     return _template().render(
@@ -148,7 +120,7 @@ def html(report: Report) -> str:
         level=f"{report['settings']['level']:.0%}",
         loops=list(_loops(report)),
         memory=list(_memory(report)),
-        tables={name: make(report) for name, make in _TABLES.items()},
+        tables={name: make(report) for name, make in MAKERS.items()},
         dots=list(_dots(report)),
         command=command(report),
         introduction=introduction(report),
@@ -300,13 +272,10 @@ def _loops(report: Report) -> Iterator[dict[str, Any]]:
 def _memory(report: Report) -> Iterator[dict[str, Any]]:
     """What a request holds, and the peak of its rows: by a clone beside its sample, and by a slot."""
     for case in report["memory"]:
-        by_sampler: dict[str, dict[str, Report]] = {}
-        for one in case["entries"]:
-            by_sampler.setdefault(one["sampler"], {})[one["ownership"]] = one
-        for index, (sampler, owned) in enumerate(by_sampler.items()):
+        for index, (sampler, owned) in enumerate(by_sampler(case).items()):
             clone, slot = owned["cloned-deepcopy"], owned["tensorized"]
             yield {
-                "case": "" if index else f"{case['name']} ({'x'.join(map(str, case['latent_shape']))})",
+                "case": "" if index else f"{case['name']} ({dimensions(case['latent_shape'])})",
                 "sampler": sampler,
                 "pairs": [
                     ("held", _pair(clone["during_bytes"] + clone["latent_bytes"], slot["during_bytes"])),

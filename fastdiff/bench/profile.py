@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from fastdiff.bench.arguments import device, folder, pipeline, positive
-from fastdiff.bench.words import byte_count, prefixed
+from fastdiff.bench.arguments import pipeline, positive, shared
+from fastdiff.bench.terminal import require_rich, say, show
+from fastdiff.bench.words import NEEDS_CUDA, byte_count, prefixed
 from fastdiff.errors import FastdiffError
 from fastdiff.profile import Profile, break_even, choose
 from fastdiff.request import Request
@@ -18,21 +19,18 @@ from fastdiff.runtime import Runtime
 from fastdiff.stages import table_of
 
 SCHEMA = "fastdiff.profile/1"
-NEEDS_CUDA = "needs CUDA"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --device, --batch and --json."""
-    parser.add_argument(
-        "model", nargs="?", type=folder, metavar="MODEL", help="a saved diffusers pipeline (default: digits)"
-    )
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    shared(parser, "model", "--device", "--json")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="requests in a row (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def main(options: argparse.Namespace) -> int:
     """Profile, print; 0, or 4 where the row could not be captured."""
+    if not options.json:
+        require_rich()
     pipe, name = pipeline(options.model, options.device)
     report = {"schema": SCHEMA, "model": name, **measure(pipe, options.batch)}
     if options.json:
@@ -103,22 +101,11 @@ _COUNTS = {
 
 def print_report(report: dict[str, Any]) -> None:
     """One table and two sentences on a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     eager, graph = report["eager"], report["graph"]
     title = f"A row of {eager['n']}: {report['model']}, {eager['dtype']}, {eager['gpu'] or 'cpu'}"
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("", overflow="fold")
-    for heading in ("eager", "graph") if graph else ("eager",):
-        table.add_column(heading, justify="right", overflow="fold")
-    for cells in _cells(eager, graph):
-        table.add_row(*cells)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    show(title, ("", "eager", "graph") if graph else ("", "eager"), list(_cells(eager, graph)))
     for label, sentence in _sentences(report):
-        console.print(f"{label}: {sentence}.", markup=False, highlight=False)
+        say(f"{label}: {sentence}.")
 
 
 def _cells(eager: dict[str, Any], graph: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:

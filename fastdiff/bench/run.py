@@ -10,21 +10,20 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.bench import cells, estimate, files, gates, machine, schema, suite
-from fastdiff.bench.arguments import device, folder, model_name, pipeline, plain_name, positive, refuse, scheduler
+from fastdiff.bench import cells, estimate, files, gates, machine, schema, suite, terminal
+from fastdiff.bench.arguments import folder, model_name, pipeline, plain_name, positive, refuse, scheduler, shared
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.cells import Piece
-from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, unfinished
+from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, stamp, unfinished
 from fastdiff.bench.outcome import distrust, exit_code, unmeasured, unvouched, wrong_answers
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import Suite
-from fastdiff.bench.summary import summarize
+from fastdiff.bench.summary import Report, summarize
 from fastdiff.errors import FastdiffError
 from fastdiff.families import family_of
 
@@ -46,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update-baseline", action="store_true", help="make this run's exact figures the baseline")
     parser.add_argument("--json", action="store_true", help="print the report's JSON instead of tables")
     parser.add_argument("--model", type=folder, metavar="DIR", help="a saved diffusers pipeline (default: digits)")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    shared(parser, "--device")
     parser.add_argument("--batch", type=positive, metavar="N", help="requests at once in concurrent cases")
     parser.add_argument("--scheduler", type=scheduler, metavar="NAME", help="this sampler alone, in every case")
     parser.add_argument("--steps", type=positive, metavar="N", help="denoising steps, in every case")
@@ -77,6 +76,7 @@ def main(options: argparse.Namespace) -> int:
             said = estimate.lines(chosen, name, model, options.device, pieces)
         sys.stdout.write("".join(f"{line}\n" for line in said))
         return 0
+    terminal.require_rich()
     torch.set_num_threads(chosen.threads)  # the fingerprint has them
     journal = _journal(options, chosen)
     try:
@@ -106,8 +106,7 @@ def _journal(options: argparse.Namespace, chosen: Suite) -> Journal:
         "model": str(options.model or ""),
         "machine": machine.fingerprint(torch.device(options.device))["id"],
         "commit": known["id"] + (" with changes" if known["dirty"] else ""),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
+        **stamp(),
     }
     try:
         if options.resume is not None:
@@ -225,7 +224,7 @@ def write(options: argparse.Namespace, report: dict[str, Any], journal: Journal)
     sys.stderr.write("".join(f"{line}\n" for line in said))
 
 
-def _said_of_gates(options: argparse.Namespace, report: schema.Report) -> list[str]:
+def _said_of_gates(options: argparse.Namespace, report: Report) -> list[str]:
     measured = report["gates"]
     if not measured:
         return []

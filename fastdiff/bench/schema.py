@@ -15,6 +15,7 @@ import numpy as np
 
 from fastdiff.bench import shape
 from fastdiff.bench.stats import percentile, times_needed
+from fastdiff.bench.summary import Report, unit
 
 SCHEMA = "fastdiff.bench/1"
 AB = "fastdiff.ab/1"  # of ab.json, which `ab` writes
@@ -24,8 +25,6 @@ NAMES = ("report.json", "ab.json")  # what a run's folder has one of
 
 _RESULTS = ("arms", "comparisons", "compare", "modes", "rows", "max_s")
 """What of a case is measured, or does not change what an arm's times are of."""
-
-Report = Mapping[str, Any]
 
 
 class BadReport(ValueError):
@@ -85,7 +84,7 @@ def benchmarks(report: Report) -> list[dict[str, Any]]:
 
 def _benchmarks(report: Report) -> Iterator[dict[str, Any]]:
     for case in (*report["images"], *report["rows"]):
-        per, units = ("image", case["batch"]) if "workload" in case else ("row", case["steps"])
+        per, units = unit(case)
         for arm, measured in case["arms"].items():
             if measured["total_s"]:
                 times = [seconds / units for seconds in measured["total_s"]]

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from scipy.special import bdtr
 
-from fastdiff.bench.arguments import device, pipeline
+from fastdiff.bench.arguments import pipeline, shared
+from fastdiff.bench.arms import Workbench
 from fastdiff.bench.files import write
+from fastdiff.bench.journal import stamp
+from fastdiff.bench.machine import Nvml, describe, fingerprint, lasting
+from fastdiff.bench.measure import StopRule, interleave
+from fastdiff.bench.rows import RowBench
+from fastdiff.bench.suite import RowCase
 from fastdiff.bench.verdict import DELTA, WIDTH, Judgement, judge, judged_at
+from fastdiff.bench.words import table
 
 SCHEMA = "fastdiff.selftest/1"
 LATEST = Path("reports", "runs", "selftest")  # by machine, as below
@@ -84,7 +92,7 @@ def recorded(machine: Mapping[str, Any]) -> Known | None:
     directory's reports/; None where there is none. ValueError for a file that no self-test wrote."""
     for folder, name in ((LATEST, WHOLE), (SAVED, WHOLE), (LATEST, SHORT)):
         known = [read(path) for path in sorted(folder.glob(f"*/{name}.json"))]
-        known = [one for one in known if _lasting(one.machine) == _lasting(machine)]
+        known = [one for one in known if lasting(one.machine) == lasting(machine)]
         if known:
             return max(known, key=lambda one: one.created)
     return None
@@ -101,7 +109,7 @@ def read(path: Path) -> Known:
             and (known.delta is None or (grade.most is not None and DELTA <= known.delta <= grade.most))
             and isinstance(known.created, str)
             and isinstance(known.meaning, str)
-            and bool(_lasting(known.machine))
+            and bool(lasting(known.machine))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
@@ -110,19 +118,12 @@ def read(path: Path) -> Known:
     return known
 
 
-def _lasting(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a fingerprint a grade is of: neither the version that is measured nor what else ran at the time."""
-    packages = {name: version for name, version in machine["packages"].items() if name != "fastdiff-runtime"}
-    moving = ("id", "load_average", "packages")
-    return {"packages": packages} | {name: value for name, value in machine.items() if name not in moving}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--quick, --device, --seed and --save."""
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="a quarter of the trials: for a machine not yet known")
     length.add_argument("--save", action="store_true", help=f"write {SAVED}/MACHINE/ as well")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    shared(parser, "--device")
     parser.add_argument("--seed", type=int, default=0, help="of latents, noise and the order of trials and arms")
 
 
@@ -142,11 +143,6 @@ def main(options: argparse.Namespace) -> int:
 
 def measure(device: str, trials: Mapping[str, int], seed: int) -> dict[str, Any]:
     """So many trials of each kind in random order, so that a drift of the machine meets both; and what they say."""
-    import torch
-
-    from fastdiff.bench import machine
-    from fastdiff.bench.arms import Workbench
-
     checks = dict(_before())
     torch.set_num_threads(1)
     pipe, _ = pipeline(None, device)
@@ -161,24 +157,19 @@ def measure(device: str, trials: Mapping[str, int], seed: int) -> dict[str, Any]
         sys.stderr.write(f"{number + 1} of {len(kinds)} trials\r")
     return {
         "schema": SCHEMA,
-        "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
-        "machine": machine.fingerprint(bench.device),
+        **stamp(),
+        "machine": fingerprint(bench.device),
         "checks": checks | dict(_after(bench.device, flags)),
         "seconds": time.perf_counter() - started,
         **assess(judged["a_a"], judged["slower"]),
     }
 
 
-def _trial(bench: Any, kind: str, seed: int, flags: Counter[str]) -> Judgement:
+def _trial(bench: Workbench, kind: str, seed: int, flags: Counter[str]) -> Judgement:
     """Two arms built apart, so that what differs between two builds of the same code counts as noise, as it should.
 
     `flags` counts blocks with something that makes a GPU's times doubtful.
     """
-    from fastdiff.bench.measure import StopRule, interleave
-    from fastdiff.bench.rows import RowBench
-    from fastdiff.bench.suite import RowCase
-
     blocks = {}
     for name, rows in (("base", ROWS["a_a"]), ("head", ROWS[kind])):
         case = RowCase(name=name, samplers=SAMPLERS, latent_shape=(4, 8, 8), steps=rows, modes=("eager",))
@@ -240,10 +231,8 @@ def _before() -> Iterator[tuple[str, str]]:
         yield "load average before the trials (1, 5, 15 min): what else runs here", loads
 
 
-def _after(device: Any, flags: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _after(device: torch.device, flags: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """The same of a GPU, warm from the trials."""
-    from fastdiff.bench.machine import Nvml
-
     if device.type != "cuda":
         return
     nvml = Nvml(device)
@@ -264,24 +253,24 @@ def _after(device: Any, flags: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The self-test on half a page."""
-    from fastdiff.bench import machine
-
     trials = report["trials"]
     may_flag = may_go_wrong("a_a", len(trials["a_a"]))
     must_find = len(trials["slower"]) - may_go_wrong("slower", len(trials["slower"]))
     phi = "not measured" if report["phi"] is None else f"{report['phi']:.2%}"
+    header = ("trials", "number", "expected", "verdicts", "change, smallest to largest")
+    rows = [
+        _row("the same work (A/A)", f"at most {may_flag} flagged", trials["a_a"]),
+        _row("5 % more work", f"at least {must_find} REGRESSION; on grade C no IMPROVEMENT", trials["slower"]),
+    ]
     lines = [
         f"# Self-test: grade {report['grade']}, {'passed' if report['passed'] else 'FAILED'}",
         "",
-        f"{report['created']}, {machine.describe(report['machine'])}.",
+        f"{report['created']}, {describe(report['machine'])}.",
         f"Two arms of the same code differ by phi = {phi} (95th percentile): {report['meaning']}.",
         "",
         f"The instrument itself, judging where a slowdown counts from {report['judged_at']:.1%}:",
         "",
-        "| trials | number | expected | verdicts | change, smallest to largest |",
-        "| --- | ---: | --- | --- | --- |",
-        _line("the same work (A/A)", f"at most {may_flag} flagged", trials["a_a"]),
-        _line("5 % more work", f"at least {must_find} REGRESSION; on grade C no IMPROVEMENT", trials["slower"]),
+        table(header, rows, words=(0, 2, 3, 4)),
         "",
         *(f"- {name}: {value}" for name, value in report["checks"].items()),
         f"- trials took {report['seconds']:.0f} s",
@@ -289,9 +278,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(what: str, expected: str, trials: Sequence[Mapping[str, Any]]) -> str:
+def _row(what: str, expected: str, trials: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     verdicts = Counter(trial["verdict"] for trial in trials)
     changes = sorted(trial["change"] for trial in trials if trial["change"] is not None)
     span = f"{changes[0]:+.2%} to {changes[-1]:+.2%}" if changes else ""
     tally = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    return f"| {what} | {len(trials)} | {expected} | {tally} | {span} |"
+    return what, str(len(trials)), expected, tally, span

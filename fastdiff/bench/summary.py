@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 SETUP_TARGET_US = 50.0
 
@@ -34,10 +34,25 @@ def find_ratio(report: Report, case: str, base: str, arm: str) -> dict[str, Any]
     return None
 
 
+def section(case: Report) -> Literal["images", "rows"]:
+    """The list of the report that a case is in."""
+    return "images" if "workload" in case else "rows"
+
+
+def unit(case: Report) -> tuple[Literal["image", "row"], int]:
+    """What a case's times are given per, and how many of those a sample has: images, or rows of the whole batch."""
+    return ("image", case["batch"]) if section(case) == "images" else ("row", case["steps"])
+
+
+def compiled_part(arm: str, batch: int) -> str:
+    """What of an image arm is compiled: the key of its seconds in the report's "compile_s"."""
+    return f"{'denoiser and step' if arm.startswith('tensorized/') else 'denoiser'}, batch {batch}"
+
+
 def unit_s(case: Report | None, arm: str) -> float | None:
     """Median seconds of an arm per image (image cases) or per row of the whole batch (row cases)."""
     times = case["arms"][arm]["total_s"] if case and arm in case["arms"] else ()  # one that failed is not there
-    return median(times) / (case["batch"] if "workload" in case else case["steps"]) if case and times else None
+    return median(times) / unit(case)[1] if case and times else None
 
 
 def _chosen(report: Report, what: str) -> list[Report]:
@@ -49,7 +64,7 @@ def _step(report: Report, step: Report) -> dict[str, Any]:
     case = find_case(report, step["case"])
     return {
         **step,
-        "per": "image" if case and "workload" in case else "row",
+        "per": unit(case)[0] if case else "row",
         "base_s": unit_s(case, step["base"]),
         "arm_s": unit_s(case, step["arm"]),
         "ratio": find_ratio(report, step["case"], step["base"], step["arm"]),

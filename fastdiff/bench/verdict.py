@@ -17,6 +17,7 @@ Verdict = Literal["REGRESSION", "IMPROVEMENT", "NO-CHANGE", "INCONCLUSIVE", "INV
 DELTA = 0.02  # the slowdown that counts, where no grade of the machine says another
 WIDTH = 1.5  # times the slowdown that counts: the change, either way, that does not
 MARGIN = WIDTH * DELTA
+LEAST_PROCESSES = 6  # pairs of them, for a verdict on their mean
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,14 @@ def judge_processes(
     *,
     level: float = 0.99,
     delta: float = DELTA,
-    least: int = 6,
 ) -> Judgement:
     """The verdict on ln(head / base), one number per pair of processes: their mean and its t interval.
 
     Two processes of the same code differ by more than the pairs within them say, so the process is the sample.
     """
     values = np.asarray(log_ratios, dtype=np.float64)
-    if values.size < least:
-        return _invalid(values.size, f"{values.size} process pairs, where a verdict needs {least}")
+    if values.size < LEAST_PROCESSES:
+        return _invalid(values.size, f"{values.size} process pairs, where a verdict needs {LEAST_PROCESSES}")
     if not np.isfinite(values).all():
         return _invalid(values.size, "expected log ratios that are finite")
     middle = float(values.mean())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 NONE = "-"
+NEEDS_CUDA = "needs CUDA"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
@@ -37,6 +38,11 @@ def byte_count(count: int | None) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def dimensions(shape: Sequence[int]) -> str:
+    """`4x8x8`."""
+    return "x".join(map(str, shape))
 
 
 def prefixed(value: float, unit: str) -> str:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+
+def run(command: ModuleType, *arguments: str) -> int:
+    """A command of `python -m fastdiff.bench`, without the command line around it: its exit code."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    code: int = command.main(parser.parse_args(arguments))
+    return code
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.bench import ab, canary, machine, sides, suite, worker
+from fastdiff.bench import ab, machine, sides, suite, worker
 from fastdiff.bench.__main__ import main
+from fastdiff.bench.outcome import CANARIES
 from fastdiff.bench.verdict import DELTA
 
 ROOT = Path(fastdiff.__file__).parents[1]
@@ -263,7 +264,7 @@ def test_a_pair_of_processes_yields_one_number_and_one_that_hangs_is_ended(
             process.ask("settle", ab._core(0))
         assert len(list(tmp_path.glob("*.seen"))) >= 2
         order = np.random.default_rng(0)
-        for work in (sides.Work(HOT, "row", max_s=0.1), *ab.CANARIES):
+        for work in (sides.Work(HOT, "row", max_s=0.1), *ab.CANARY_WORK):
             assert math.isfinite(ab._log_ratio(pair, work, chosen.max_pairs, order))
         with pytest.raises(sides.CannotMeasure, match="head: KeyError: 'no such case'"):
             pair["head"].ask("block", "no such case", 1)
@@ -342,7 +343,7 @@ def test_processes_are_started_until_a_look_decides(slower: float, noise: float,
     assert canaries["doubt"] == ""
     assert canaries["slower_10_percent"]["judgement"]["verdict"] == "REGRESSION"
     assert canaries["a_a"]["judgement"]["verdict"] == "NO-CHANGE"
-    assert len({len(canaries[name]["log_ratios"]) for name in canary.NAMES}) == 1
+    assert len({len(canaries[name]["log_ratios"]) for name in CANARIES}) == 1
 
 
 def test_a_look_at_five_per_cent_more_finds_it_where_pairs_of_processes_differ_by_three() -> None:

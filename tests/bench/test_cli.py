@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastdiff.bench.__main__ import _parser, main
+from tests.bench.reports import COMMITTED
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 README_COMMANDS = [
@@ -103,11 +104,26 @@ def test_a_folder_that_holds_no_pipeline(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{tmp_path} is not a saved diffusers pipeline" in line
 
 
-def test_without_the_extra_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "arguments", [("--quick",), ("doctor",), ("memory",), ("profile",), ("report", str(COMMITTED[0]))]
+)
+def test_without_the_extra_a_command_that_draws_says_what_to_install(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert "rich is missing: pip install 'fastdiff-runtime[bench]'" in refused(capsys, "--quick")
+    assert "rich is missing: pip install 'fastdiff-runtime[bench]'" in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []  # and has measured nothing
+
+
+@pytest.mark.parametrize("arguments", [("--quick", "--list"), ("gpu", "--tiny", "--list", "--device", "cpu")])
+def test_a_command_that_draws_nothing_needs_no_extra(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
 
 
 def test_the_command_itself_exits_with_two_and_one_line(tmp_path: Path) -> None:

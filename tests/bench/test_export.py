@@ -16,15 +16,8 @@ from fastdiff.bench.__main__ import main
 from fastdiff.bench.export import csv, index, junit
 from fastdiff.bench.outcome import comparisons, exit_code, headline, outcome, tally, unvouched
 from fastdiff.bench.page import html
-from fastdiff.bench.report import (
-    STEP_SUMMARY_BYTES,
-    break_even_table,
-    compile_table,
-    facts,
-    markdown,
-    print_tables,
-    tables,
-)
+from fastdiff.bench.report import STEP_SUMMARY_BYTES, facts, markdown, print_tables
+from fastdiff.bench.tables import break_even_table, compile_table, tables
 from fastdiff.bench.words import escape
 from tests.bench.reports import (
     COMMITTED,

@@ -42,9 +42,10 @@ from fastdiff.bench.gpu_arms import (
     measure_rows,
     traced_calls,
 )
-from fastdiff.bench.gpu_cells import GRAPH_ARMS, NEEDS_CUDA, Settings, read_junit, read_log
+from fastdiff.bench.gpu_cells import GRAPH_ARMS, Settings, read_junit, read_log
 from fastdiff.bench.gpu_report import markdown, outcomes
 from fastdiff.bench.rows import null_model
+from fastdiff.bench.words import NEEDS_CUDA
 from fastdiff.capture import Steps
 from fastdiff.models.geometries import Inputs
 from fastdiff.plan import CapturePlan

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from fastdiff.bench import schema
 from fastdiff.bench.__main__ import main
-from fastdiff.bench.journal import CannotResume, Journal, commit
+from fastdiff.bench.journal import CannotResume, Journal, commit, stamp
 
 ROOT = Path(__file__).parents[2]
 SUITE = """
@@ -188,3 +189,10 @@ def test_a_folder_without_a_journal_is_refused(
             main(["--quick", "--resume", *given])
         assert stopped.value.code == 2
         assert reason in capsys.readouterr().err
+
+
+def test_a_report_is_stamped_with_its_command_and_when_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastdiff/bench/__main__.py", "ab", "--base", "main"])
+    stamped = stamp()
+    assert stamped["command"] == ["python", "-m", "fastdiff.bench", "ab", "--base", "main"]
+    assert datetime.fromisoformat(stamped["created"]).utcoffset() == timedelta(0)

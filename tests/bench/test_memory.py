@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.bench.memory import SCHEMA, add_arguments, main, print_report
+from fastdiff.bench import memory
+from fastdiff.bench.memory import SCHEMA, print_report
+from tests.bench.conftest import run
 
 PHASES = ["import", "load", "warm-up", "capture", "steady", "after release"]
 
 
-def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return main(parser.parse_args(arguments))
-
-
 def test_digits_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--batch", "2", "--json") == 0
+    assert run(memory, "--batch", "2", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["schema"], report["mode"], report["batch"], report["device"]) == (SCHEMA, "eager", 2, "cpu")
     assert report["graph_bytes"] is None
@@ -51,7 +46,7 @@ def test_digits_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_graphs_without_cuda_are_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--batch", "1", "--mode", "step-graph", "--compile", "none") == 4
+    assert run(memory, "--batch", "1", "--mode", "step-graph", "--compile", "none") == 4
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -60,7 +55,7 @@ def test_graphs_without_cuda_are_an_error_in_one_line(capsys: pytest.CaptureFixt
 
 def test_a_folder_that_holds_no_pipeline_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    assert run(str(tmp_path)) == 2
+    assert run(memory, str(tmp_path)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path} is not a saved diffusers pipeline" in line
 
@@ -98,7 +93,7 @@ def test_the_page_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.cuda
 def test_digits_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--device", "cuda", "--batch", "2", "--compile", "none", "--json") == 0
+    assert run(memory, "--device", "cuda", "--batch", "2", "--compile", "none", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["device"] == torch.cuda.get_device_name()
     assert report["graph_bytes"].keys() == {"1", "2"}

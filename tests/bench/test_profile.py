@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from fastdiff.bench.profile import add_arguments, main, measure, print_report
+from fastdiff.bench import profile
+from fastdiff.bench.profile import measure, print_report
 from fastdiff.profile import Profile, choose
-
-
-def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return main(parser.parse_args(arguments))
+from tests.bench.conftest import run
 
 
 def test_json_of_a_saved_pipeline(tiny_folder: Path, tiny_pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(str(tiny_folder), "--batch", "2", "--json") == 0
+    assert run(profile, str(tiny_folder), "--batch", "2", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     eager = Profile(**report["eager"])
     assert (report["schema"], report["model"], eager.n, eager.gpu) == ("fastdiff.profile/1", "tiny", 2, None)
@@ -32,7 +27,7 @@ def test_json_of_a_saved_pipeline(tiny_folder: Path, tiny_pipe: Any, capsys: pyt
 
 
 def test_a_cpu_prints_what_it_knows_and_guesses_nothing(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(str(tiny_folder)) == 0
+    assert run(profile, str(tiny_folder)) == 0
     page = capsys.readouterr().out
     told = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in page.splitlines() if "│" in line}
     need = {label for label, figure in told.items() if figure == "needs CUDA"}

@@ -14,10 +14,11 @@ from fastdiff.bench import arms, canary, cells, gates, schema
 from fastdiff.bench.__main__ import main
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.outcome import exit_code, outcome
-from fastdiff.bench.report import attribution_table, markdown, markdown_table, tables
+from fastdiff.bench.report import markdown, markdown_table
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import FateCase, Suite, load, parse
 from fastdiff.bench.summary import summarize
+from fastdiff.bench.tables import attribution_table, tables
 from tests.families.tiny_pipelines import shared
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdiff.bench.words import byte_count, counted, duration, number, prefixed, table
+from fastdiff.bench.words import byte_count, counted, dimensions, duration, number, prefixed, table
 
 
 def test_a_table_holds_words_to_the_left_and_figures_to_the_right() -> None:
@@ -22,6 +22,7 @@ def test_a_table_holds_words_to_the_left_and_figures_to_the_right() -> None:
         (number(1234567), "1,234,567"),
         (counted(1, "piece"), "1 piece"),
         (counted(0, "piece"), "0 pieces"),
+        (dimensions((4, 8, 8)), "4x8x8"),
         (byte_count(None), "-"),
         (byte_count(1023), "1023 B"),
         (byte_count(1024), "1.0 KiB"),
