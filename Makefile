@@ -37,7 +37,7 @@ gpu:
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .cache/wheels $(WHEELS)/*.whl)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/.cache/wheels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fastdiff.bench gpu --tier $(TIER) --out $(OUT) $(if $(CELL),--cell "$(CELL)")
 
-# What such a machine lacks, beside torch's own needs and transformers, fetched where there is a network: diffusers, in
+# What such a machine lacks, beside torch, transformers, scipy and pytest, fetched where there is a network: diffusers, in
 # the version that is tested. LACKS may name more packages of constraints.txt.
 LACKS ?= diffusers
 wheels:

@@ -56,15 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds after which the run is cut and reported (default: what bench/gpu.toml says)",
     )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="toy geometries, few samples: whether everything runs")
-    parser.add_argument("--device", type=device, default="cuda", help="cpu, cuda or cuda:N (default: cuda)")
+    parser.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda, where there is one)")
     parser.add_argument("--list", action="store_true", help="list the cells and what became of them, measure nothing")
     parser.add_argument("--cell", metavar="NAME", help="this cell alone, of whichever tier, and again if it is there")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure what the journal lacks, write and print the report; 0, or 4 where a cell failed or was not reached."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(_place(options.device), options.tiny, options.out)
-    if not settings.on_cuda and not settings.tiny:
+    if not settings.on_cuda and not settings.tiny and not options.list:
         refuse("--device: expected a CUDA device for real geometries; on a CPU add --tiny")
     journal = Journal(options.out / NAME)
     cells = cells_of(options.tier if options.cell is None else TIERS, settings)

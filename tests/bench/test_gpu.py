@@ -173,6 +173,14 @@ def test_cells_that_the_budget_does_not_reach_are_listed(tmp_path: Path, capsys:
     assert (tmp_path / "out" / "report.md").read_text() == page
 
 
+def test_cells_are_listed_on_any_machine_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(parsed("--list", "--tier", "ABC", "--out", str(tmp_path / "out"))) == 0
+    assert "flux-dev-1024 x 1" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
