@@ -123,7 +123,7 @@ def test_bfloat16_errs_no_more_than_twice_as_diffusers_does(name: str) -> None:
     for image, request, reference in zip(found, mixed(name), mixed_of_diffusers(name), strict=True):
         ours += relative_error(image, reference)
         theirs += relative_error(image_of_diffusers(half, request, **sizes_of(name)).float(), reference)
-    assert 0 < theirs < 1
+    assert 0 < theirs < 3  # of three images: torch 2.11 draws other noise in bfloat16 on a CPU, and so another image
     assert ours <= 2 * theirs
 
 
