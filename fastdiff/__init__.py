@@ -1,7 +1,7 @@
 """fastdiff: a torch.compile and CUDA-graph optimized, benchmark-first runtime for diffusion models.
 
     runtime = fastdiff.Runtime(pipe)
-    results = runtime.generate([fastdiff.Request(prompt="a handwritten seven", scheduler="UniPC", steps=12)])
+    results = runtime.generate([fastdiff.Request(prompt="a handwritten seven", scheduler="UniPCMultistep", steps=12)])
 
 Names are loaded when first used; importing fastdiff imports no diffusers, starts no CUDA and sets nothing.
 """

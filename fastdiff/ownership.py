@@ -12,8 +12,9 @@ import weakref
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from fastdiff.errors import NotLinear
 from fastdiff.probe import tabulate
-from fastdiff.stepper import pristine
+from fastdiff.stepper import check_scheduler, pristine
 from fastdiff.table import StepTable
 
 Ownership = Literal["shared", "cloned", "tensorized"]
@@ -33,8 +34,9 @@ def acquire(
     """Lease `template` (a diffusers scheduler) for one request; a context manager that gives it back.
 
     "reuse" leases the template itself and raises RuntimeError while another lease holds it. "isolate" always leases
-    something of the request's own, a step table or a copy, as `isolated` says. "auto" reuses while no other lease of
-    this template is in flight and the request does not outlive the stage, and isolates otherwise.
+    something of the request's own, a step table or a copy, as `isolated` says; of a class that has no table a copy, as
+    the lease's `ownership` then says. "auto" reuses while no other lease of this template is in flight and the request
+    does not outlive the stage, and isolates otherwise.
     """
     if template is None:
         raise TypeError("expected a scheduler to lease, got None; no template is ever taken silently")
@@ -42,6 +44,10 @@ def acquire(
         raise ValueError(f"policy: expected 'auto', 'reuse' or 'isolate', got {policy!r}")
     if isolated not in ("tensorized", "cloned"):
         raise ValueError(f"isolated: expected 'tensorized' or 'cloned', got {isolated!r}")
+    try:
+        check_scheduler(template)
+    except NotLinear:
+        isolated = "cloned"
     with _lock:
         others = _in_flight.get(template, 0)
         if policy == "reuse" and (others or outlives):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -57,16 +57,23 @@ class CapturePlan:
             raise ValueError(f"CapturePlan.segments: expected 1 or 2, got {self.segments!r}")
         if not isinstance(self.regional, bool):
             raise ValueError(f"CapturePlan.regional: expected True or False, got {self.regional!r}")
-        if not self.latent_shape or not all(_at_least(1, size) for size in self.latent_shape):
-            raise ValueError(f"CapturePlan.latent_shape: expected sizes >= 1, got {self.latent_shape}")
-        sizes = self.batch_sizes
-        if not sizes or not all(_at_least(1, size) for size in sizes) or list(sizes) != sorted(set(sizes)):
+        for name in ("latent_shape", "batch_sizes"):
+            sizes = _sizes(name, getattr(self, name))
+            if not sizes:
+                raise ValueError(f"CapturePlan.{name}: expected at least one size, got none")
+            object.__setattr__(self, name, sizes)
+        if list(self.batch_sizes) != sorted(set(self.batch_sizes)):
             raise ValueError(f"CapturePlan.batch_sizes: expected rising sizes >= 1, got {self.batch_sizes}")
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"CapturePlan.dtype: expected a dtype such as torch.bfloat16, got {self.dtype!r}")
+        if not isinstance(self.conditioning, Mapping):
+            raise ValueError(f"CapturePlan.conditioning: expected TensorSpecs by name, got {self.conditioning!r}")
         if self.compile not in get_args(Compile):
             raise ValueError(
                 f"CapturePlan.compile: expected one of {', '.join(get_args(Compile))}, got {self.compile!r}"
             )
-        object.__setattr__(self, "conditioning", MappingProxyType(dict(self.conditioning)))
+        specs = {name: _spec(f"conditioning.{name}", spec) for name, spec in self.conditioning.items()}
+        object.__setattr__(self, "conditioning", MappingProxyType(specs))
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self:
@@ -76,7 +83,10 @@ class CapturePlan:
             raise FileNotFoundError(
                 f"plan: expected a TOML file or one of {', '.join(shipped())}, got {str(name_or_path)!r}"
             )
-        return cls.parse(tomllib.loads(path.read_text(encoding="utf-8")))
+        try:
+            return cls.parse(tomllib.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:  # which those of TOML and of UTF-8 are too
+            raise ValueError(f"{path}: expected a plan in TOML: {error}") from error
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> Self:
@@ -92,9 +102,8 @@ class CapturePlan:
         specs = document.get("conditioning", {})
         if not isinstance(specs, dict):
             raise ValueError(f"plan: conditioning: expected a table, got {specs!r}")
-        conditioning = {name: _spec(f"conditioning.{name}", spec, dtype) for name, spec in specs.items()}
-        lists = {key: _sizes(key, document[key]) for key in ("latent_shape", "batch_sizes") if key in document}
-        return cls(**{**document, **lists, "dtype": dtype, "conditioning": conditioning})
+        conditioning = {name: _parsed_spec(f"conditioning.{name}", spec, dtype) for name, spec in specs.items()}
+        return cls(**{**document, "dtype": dtype, "conditioning": conditioning})
 
     @property
     def max_batch(self) -> int:
@@ -160,10 +169,16 @@ def _at_least(least: int, value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _sizes(key: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(_at_least(1, size) for size in value):
-        raise ValueError(f"plan: {key}: expected a list of sizes >= 1, got {value!r}")
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or not all(_at_least(1, size) for size in value):
+        raise ValueError(f"CapturePlan.{name}: expected a tuple or list of sizes >= 1, got {value!r}")
     return tuple(value)
+
+
+def _spec(name: str, spec: Any) -> TensorSpec:
+    if not isinstance(spec, TensorSpec) or not isinstance(spec.dtype, torch.dtype):
+        raise ValueError(f"CapturePlan.{name}: expected a fastdiff.plan.TensorSpec(shape, torch.dtype), got {spec!r}")
+    return spec._replace(shape=_sizes(f"{name}.shape", spec.shape))
 
 
 def _dtype(key: str, name: Any) -> torch.dtype:
@@ -173,11 +188,11 @@ def _dtype(key: str, name: Any) -> torch.dtype:
     return dtype
 
 
-def _spec(key: str, spec: Any, dtype: torch.dtype) -> TensorSpec:
+def _parsed_spec(key: str, spec: Any, dtype: torch.dtype) -> TensorSpec:
     if not isinstance(spec, dict) or "shape" not in spec or spec.keys() - {"shape", "dtype"}:
         raise ValueError(f"plan: {key}: expected a shape and perhaps a dtype, got {spec!r}")
     own = _dtype(f"{key}.dtype", spec["dtype"]) if "dtype" in spec else dtype
-    return TensorSpec(_sizes(f"{key}.shape", spec["shape"]), own)
+    return TensorSpec(spec["shape"], own)
 
 
 def _spell(spec: TensorSpec | None) -> str:

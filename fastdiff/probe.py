@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -59,6 +60,9 @@ def tabulate(
     that neither method takes, and whatever diffusers itself raises for a schedule that it refuses.
     """
     check_scheduler(scheduler)
+    steps = num_inference_steps
+    if steps is not None and (not isinstance(steps, SupportsIndex) or operator.index(steps) < 1):
+        raise ValueError(f"num_inference_steps: expected an integer >= 1, got {steps!r}")
     named = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu} | kwargs
 
     def build() -> StepTable:

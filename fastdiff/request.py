@@ -19,6 +19,10 @@ _DECIDES = {
 }
 """By field of a plan, what decides the shapes there."""
 
+_TENSORS = (
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "latents",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
@@ -54,6 +58,24 @@ class Request:
     def __post_init__(self) -> None:
         if sum(asked is not None for asked in (self.prompt, self.prompt_embeds, self.class_label)) != 1:
             raise ValueError("expected exactly one of prompt, prompt_embeds and class_label")
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, (str, NoneType)):
+                raise ValueError(f"{name}: expected one text, got {text!r}; make a request of each")
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: expected a tensor of a floating dtype, got {got}; convert it to one")
+        if isinstance(self.scheduler, type):
+            raise ValueError(
+                f"scheduler: expected a scheduler, its name or None, got a class; make one: {self.scheduler.__name__}()"
+            )
+        if not isinstance(self.scheduler_options, Mapping):
+            raise ValueError(
+                f"scheduler_options: expected a mapping of names to values, got {self.scheduler_options!r}; "
+                "leave it out for none"
+            )
         if not isinstance(self.class_label, (int, str, NoneType)):
             raise ValueError(f"class_label: expected an integer or a word, got {self.class_label!r}")
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:

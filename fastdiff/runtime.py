@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import warnings
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -57,7 +59,8 @@ class Runtime:
     replace the plan's. Unless `certify` is False the model is asked here whether it treats the requests of a batch
     apart, bit by bit; one that does not raises RowsCoupled. `progress` shows a bar while graphs are captured.
 
-    Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to one thread.
+    Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to the thread
+    that opened it.
     Streams: all device work is enqueued on the caller's current stream, and nothing waits for it but the copy of
     finished images to the host and the look for NaN in given tensors. Aliasing: tensors that come back are copies,
     tensors that go in are copied.
@@ -78,11 +81,14 @@ class Runtime:
         progress: bool = True,
         **capacities: Any,
     ) -> None:
+        if mode not in (modes := (*get_args(Mode), "auto")):
+            raise ValueError(f"mode: expected one of {', '.join(modes)}, got {mode!r}")
         self.family: Family = family_of(pipe, height, width, num_frames, max_sequence_length)
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
         self._done: torch.cuda.Event | None = None  # what the last session enqueued
+        self._left: tuple[int, ...] | None = None  # the slots of a session that was dropped open
         self.choice: Choice | None = None
         if mode != "auto":
             self._make_room(mode, plan_for(mode), progress)
@@ -113,6 +119,7 @@ class Runtime:
 
         Of a schedule's first segment, where there are two.
         """
+        self._check_open()
         sizes = self.steps.graphs.sizes() if self.steps.graphs else self.plan.batch_sizes
         size = smallest(sizes, self.plan.max_batch if n is None else n)
         with self.session():
@@ -129,6 +136,7 @@ class Runtime:
 
     def memory(self) -> MemoryUse:
         """What this runtime takes, in bytes."""
+        self._check_open()
         graphs, cuda = self.steps.graphs, self.family.device.type == "cuda"
         captured = [graphs.sizes(segment) for segment in range(self.plan.segments)] if graphs else []
         graph_bytes: Counter[int] = Counter()
@@ -149,6 +157,7 @@ class Runtime:
     @property
     def counters(self) -> Counters | None:
         """Of replays, captures and evictions; None in a mode without graphs."""
+        self._check_open()
         return self.steps.graphs.counters if self.steps.graphs else None
 
     def recapture(self) -> None:
@@ -164,16 +173,24 @@ class Runtime:
             self.steps.capture(batch_size)
 
     def close(self) -> None:
-        """Release graphs, compiled steps and all static memory; the runtime is of no use afterwards."""
-        with self.session():
-            self.steps.close()
-            del self.slots, self.steps
+        """Release graphs, compiled steps and all static memory; the runtime is of no use afterwards.
+
+        A second call does nothing.
+        """
+        if hasattr(self, "slots"):
+            with self.session():
+                self.steps.close()
+                del self.slots, self.steps
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "slots"):
+            raise RuntimeError("this runtime was closed; build another")
 
     def supports(self, request: Request) -> str | None:
         """None if `generate` would take the request, else the reason why not. No model work."""
         try:
             self._check(request)
-        except (FastdiffError, TypeError, ValueError) as error:
+        except (FastdiffError, RuntimeError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -182,8 +199,13 @@ class Runtime:
         self._check(request)
         return self._prepare(request)
 
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
+    def generate(self, requests: Iterable[Request]) -> list[Result]:
         """One result per request, in order. A request that cannot be served raises before any model work."""
+        if not isinstance(requests, Iterable):
+            raise TypeError(
+                f"requests: expected a list of requests, got one {type(requests).__name__}: put it in a list"
+            )
+        requests = list(requests)
         if not requests:
             raise ValueError("requests: expected at least one request, got none")
         for index, request in enumerate(requests):
@@ -209,15 +231,21 @@ class Runtime:
         `generators`, one each, where a table draws noise: they are read and not moved on. Returns [N, C, H, W] in the
         dtype of the pipeline's latents.
         """
+        shape = self.plan.latent_shape
+        if not isinstance(latents, Tensor) or latents.shape[1:] != shape or not latents.is_floating_point():
+            got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+            raise PlanMismatch(f"latents: expected shape (N, {str(shape)[1:]} of a floating dtype, got {got}")
         count = len(latents)
         if not count:
             raise ValueError("latents: expected at least one latent, got none")
-        tables = [table] * count if isinstance(table, StepTable) else list(table)
-        scales = [float(guidance)] * count if isinstance(guidance, (int, float)) else list(guidance)
-        for name, values in (("table", tables), ("guidance", scales), ("generators", generators)):
-            if values is not None and len(values) != count:
-                raise ValueError(f"{name}: expected one for each of {count} latents, got {len(values)}")
+        tables = _each("table", table if isinstance(table, Sequence) else [table] * count, count, StepTable)
+        scales = _each("guidance", guidance if isinstance(guidance, Sequence) else [guidance] * count, count, float)
+        if not all(map(math.isfinite, scales)):
+            raise ValueError(f"guidance: expected finite numbers, got {scales}")
+        draws = [None] * count if generators is None else _each("generators", generators, count, torch.Generator)
         for name, tensor in {"latents": latents, **conditioning}.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"conditioning {name}: expected a tensor [N, ...], got {type(tensor).__name__}")
             if len(tensor) != count:
                 raise ValueError(f"conditioning {name}: expected one for each of {count} latents, got {len(tensor)}")
             if not torch.isfinite(tensor).all():
@@ -228,7 +256,7 @@ class Runtime:
                 guidance_scale=scales[i],
                 conditioning={name: tensor[i] for name, tensor in conditioning.items()},
                 table=tables[i],
-                generator=generators[i] if generators else None,
+                generator=draws[i],
                 latents=tables[i].init(latents[i]),
                 dtype=self.family.latent_dtype,
             )
@@ -243,12 +271,26 @@ class Runtime:
     def _check(self, request: Request) -> None:
         if not isinstance(request, Request):
             raise TypeError(f"expected a fastdiff.Request, got {type(request).__name__}")
+        self._check_open()
         if request.guidance_scale_2 is not None and self.plan.segments == 1:
             raise ValueError("guidance_scale_2: expected none: this pipeline has one model for all rows; leave it out")
         self.family.check(request)
-        table = stages.table_of(self.family, request)
+        table = self._table(request)
         self.plan.check(table)
         self.family.boundary(table)  # which refuses what would cross it twice
+
+    def _table(self, request: Request) -> StepTable:
+        try:
+            return stages.table_of(self.family, request)
+        except Exception as error:  # of diffusers or of the caller's own scheduler: it may be anything
+            if isinstance(error, FastdiffError) or type(error) in (TypeError, ValueError):
+                raise
+            asked = request.scheduler or self.family.scheduler
+            name = asked if isinstance(asked, str) else type(asked).__name__
+            raise ValueError(
+                f"scheduler: expected one that can make this schedule, got {name}, which raises "
+                f"{type(error).__name__}: {error}; ask for another schedule or another scheduler"
+            ) from error
 
     def _prepare(self, request: Request) -> RequestState:
         state = RequestState(request=request)
@@ -280,32 +322,53 @@ class Runtime:
         )
 
 
+def _each(name: str, values: Any, count: int, kind: type) -> list[Any]:
+    """`values` as a list, of so many of that kind; where `kind` is float, integers will do."""
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a list of {count}, one for each latent, got {type(values).__name__}")
+    if len(values) != count:
+        raise ValueError(f"{name}: expected one for each of {count} latents, got {len(values)}")
+    for value in values:
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise TypeError(f"{name}: expected a {kind.__name__} for each latent, got {type(value).__name__}")
+    return list(values)
+
+
 def _plan_for(
-    family: Family, max_batch: int | None, mode: Mode, *, plan: CapturePlan | None, capacities: Mapping[str, Any]
+    family: Family, max_batch: int | None, mode: Mode, *, plan: Any, capacities: Mapping[str, Any]
 ) -> CapturePlan:
     """The given plan, or the family's own, with `capacities` in place of its fields."""
+    own = {name: getattr(family, name) for name in ("latent_shape", "dtype", "conditioning")}
+    own["segments"] = len(family.denoisers)
+    known = [field.name for field in fields(CapturePlan) if field.name not in own]
+    for name in capacities:
+        if name not in known:
+            raise TypeError(
+                f"Runtime takes no {name!r}: its capacities are {', '.join(known)}; {', '.join(own)} are the pipeline's"
+            )
     if plan is not None:
+        if not isinstance(plan, CapturePlan):
+            name = str(plan) if isinstance(plan, (str, Path)) else "digits"
+            raise TypeError(f"plan: expected a CapturePlan, such as CapturePlan.load({name!r}), got {plan!r}")
         if max_batch is not None:
             raise ValueError("expected at most one of plan and max_batch; a plan has batch_sizes")
-        own = {name: getattr(family, name) for name in ("latent_shape", "dtype", "conditioning")}
-        for name, value in {**own, "segments": len(family.denoisers)}.items():
+        for name, value in own.items():
             if getattr(plan, name) != value:
                 raise PlanMismatch(f"{name}: the pipeline has {value}, the plan {getattr(plan, name)}")
         return replace(plan, **capacities)
-    if max_batch is None:
-        max_batch = 8
-    if not isinstance(max_batch, int) or max_batch < 1:
+    slots = 8 if max_batch is None else max_batch
+    if not isinstance(slots, int) or slots < 1:
         raise ValueError(f"max_batch: expected an integer >= 1, got {max_batch!r}")
-    sizes = set(range(1, max_batch + 1))
+    sizes = set(range(1, slots + 1))
     if mode == "compiled":
-        sizes = {size for size in sizes if size.bit_count() == 1} | {max_batch}
-    return CapturePlan(
-        latent_shape=family.latent_shape,
-        dtype=family.dtype,
-        conditioning=family.conditioning,
-        segments=len(family.denoisers),
-        **{"batch_sizes": tuple(sorted(sizes)), **capacities},
-    )
+        sizes = {size for size in sizes if size.bit_count() == 1} | {slots}
+    derived = CapturePlan(**{**own, "batch_sizes": tuple(sorted(sizes)), **capacities})
+    if max_batch not in (None, derived.max_batch):
+        raise ValueError(
+            f"max_batch: expected {derived.max_batch}, the last of batch_sizes {derived.batch_sizes}, got {max_batch}; "
+            "give one of the two"
+        )
+    return derived
 
 
 @dataclass
@@ -338,27 +401,38 @@ class _Occupant:
 class Session:
     """A host's own loop: `add` states, `step` until slots finish, `take` them.
 
-    A slot never moves while its request runs. One thread at a time; tensors go in and come out as copies.
+    A slot never moves while its request runs. A session belongs to the thread that opened it; tensors go in and come
+    out as copies.
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        self._runtime: Runtime | None = None
+        self._occupants: dict[int, _Occupant] = {}
         if runtime._holder == threading.get_ident():
             raise RuntimeError("this thread has a session of this runtime open: close it first")
         runtime._in_use.acquire()
-        if not hasattr(runtime, "slots"):
+        try:
+            runtime._check_open()
+        except RuntimeError:
             runtime._in_use.release()
-            raise RuntimeError("this runtime was closed; build another")
+            raise
         runtime._holder = threading.get_ident()
-        self._runtime: Runtime | None = runtime
+        self._runtime = runtime
         self._family, self._slots, self._steps, self._plan = runtime.family, runtime.slots, runtime.steps, runtime.plan
         if runtime._done is not None:  # another stream's work on the same slots comes first
             torch.cuda.current_stream(self._slots.device).wait_event(runtime._done)
-        self._occupants: dict[int, _Occupant] = {}
+        if runtime._left is not None:
+            if self._slots.device.type == "cuda":
+                torch.cuda.synchronize(self._slots.device)  # its stream is not known
+            for slot in runtime._left:
+                self._slots.park(slot)
+            runtime._left = None
         self._new = False  # whether one was added since the last step
 
     @property
     def free(self) -> int:
         """How many more states can be added."""
+        self._check_open()
         return self._plan.max_batch - len(self._occupants)
 
     def add(self, state: RequestState) -> int:
@@ -366,7 +440,10 @@ class Session:
 
         PlanMismatch if none is free or the state does not fit.
         """
-        self._check_open()
+        if not isinstance(state, RequestState):
+            raise TypeError(
+                f"expected a RequestState, got {type(state).__name__}; runtime.prepare(request) makes one of a Request"
+            )
         if not self.free:
             raise PlanMismatch(f"all {self._plan.max_batch} slots are taken; take or cancel one, or raise max_batch")
         table, _ = state.prepared
@@ -455,6 +532,16 @@ class Session:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """Let others in where nobody closed it. The next session parks its slots: this runs in any thread, at any time,
+        in the midst of a capture too."""
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            runtime._left = tuple(self._occupants)
+            runtime._holder = None
+            runtime._in_use.release()
+            warnings.warn("a session was dropped open: close it, or use it in a `with` block", ResourceWarning, 2, self)
+
     def _draw_ahead(self, slot: int, occupant: _Occupant) -> None:
         """Fill the slot's ring with the noise of the coming rows, in diffusers' order, and keep the way back."""
         needed = min(occupant.row + self._steps.rows_per_call, occupant.end)
@@ -487,3 +574,5 @@ class Session:
     def _check_open(self) -> None:
         if self._runtime is None:
             raise RuntimeError("this session is closed; open another with runtime.session()")
+        if self._runtime._holder != threading.get_ident():
+            raise RuntimeError("this session belongs to the thread that opened it: use it there, or open another here")

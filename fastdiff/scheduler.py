@@ -42,7 +42,8 @@ def table_scheduler(scheduler: Any, *, strict: bool = False) -> Any:
 
     A step that no table covers (a timestep that is not the schedule's next, edited memory, an option that is not
     linear) is the original's own and gives its result; the first one warns, with `strict` any raises FastdiffError.
-    Raises NotLinear for a class that has no table.
+    A write in mid-run that moves no version counter of torch, through `tensor.data` or `tensor.numpy()`, is not seen,
+    by `strict` neither: the step stays the table's. Raises NotLinear for a class that has no table.
     """
     check_scheduler(scheduler)
     handle = object.__new__(table_scheduler_class(_original(type(scheduler))))

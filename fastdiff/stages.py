@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ _named: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 def scheduler_class(name: str) -> Any:
     """The diffusers class by its name, with or without `Scheduler` and `Discrete`.
 
-    Raises ValueError with all names for an unknown one, NotLinear for one that has no table.
+    Raises ValueError with the nearest names for an unknown one, all of them where none is near; NotLinear for one that
+    has no table.
     """
     import diffusers
 
@@ -121,7 +123,12 @@ def scheduler_class(name: str) -> Any:
     usable = {short: cls for short, cls in classes.items() if issubclass(cls, diffusers.SchedulerMixin)}
     usable = {short: cls for short, cls in usable.items() if cls.__name__ not in REFUSED}
     if _short(name) not in usable:
-        raise ValueError(f"scheduler: expected one of {', '.join(sorted(usable))}; got {name!r}")
+        spelled = {short.lower(): short for short in sorted(usable)}
+        asked = name.lower().removesuffix("scheduler").removesuffix("discrete")
+        near = [short for short in spelled if short.startswith(asked)] or get_close_matches(asked, spelled)
+        such = "diffusers' schedulers, such as " if near else ""
+        names = ", ".join(spelled[short] for short in near or spelled)
+        raise ValueError(f"scheduler: expected one of {such}{names}; got {name!r}")
     return usable[_short(name)]
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,10 +77,19 @@ class RequestState:
                 raise ValueError("packed latents are drawn as images: pass restart() noise=runtime.family.noise")
             draw = partial(normal, generator, dtype=self.dtype, device=latents.device)
             sample = draw(latents.shape[1:]) if noise is None else noise(draw)
+        if sample.shape != latents.shape[1:]:
+            raise ValueError(
+                f"sample: expected shape {tuple(latents.shape[1:])}, as this request's latents have it, "
+                f"got {tuple(sample.shape)}; bring it into that shape, or leave it out to draw one"
+            )
         return replace(self, latents=table.init(sample * table.init_noise_sigma), row=0, image=None)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, from which `load` resumes bitwise, in any process."""
+        """Write the state to a safetensors file, from which `load` resumes in any process.
+
+        Bitwise where it goes on in the same slot at the same batch size: kernels of another size, at which an eager
+        runtime runs with other neighbours, may round the last bits differently.
+        """
         table, latents = self.prepared
         tensors, metadata = table.to_tensors()
         tensors = {f"table.{name}": tensor for name, tensor in tensors.items()}
@@ -96,15 +105,23 @@ class RequestState:
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> RequestState:
         """Read a state that `save` wrote; any other file is a ValueError."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("fastdiff.RequestState")
-            if found != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path}: expected a RequestState of format version {FORMAT_VERSION}, "
-                    f"got {found or 'another kind of file'}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except FileNotFoundError:  # which names the path itself
+            raise
+        except (SafetensorError, OSError) as error:  # the second of a folder
+            raise ValueError(
+                f"{path}: expected a file that RequestState.save wrote, got another or a cut one ({error}); "
+                "save the request again"
+            ) from error
+        found = metadata.get("fastdiff.RequestState")
+        if found != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: expected a RequestState of format version {FORMAT_VERSION}, "
+                f"got {found or 'another kind of file'}"
+            )
         fields = json.loads(metadata["fields"])
         generator = None
         if "generator" in tensors:

@@ -56,7 +56,11 @@ def not_linear(subject: str, why: str, instead: str) -> NotLinear:
 
 
 def check_scheduler(scheduler: Any) -> None:
+    """Raise TypeError for what is no scheduler, NotLinear for one whose class has no table."""
     name = type(scheduler).__name__
+    if isinstance(scheduler, type) and _is_scheduler(scheduler):
+        own = scheduler.__name__
+        raise TypeError(f"expected a diffusers scheduler, got the class {own}; {own}() makes a scheduler of it")
     if name in REFUSED:
         why, instead = REFUSED[name]
         raise not_linear(name, why, instead)

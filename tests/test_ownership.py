@@ -14,6 +14,7 @@ import torch
 
 import fastdiff
 from fastdiff.ownership import acquire
+from tests.oracle import scheduler_classes
 from tests.purity import digest
 
 
@@ -24,6 +25,29 @@ def template() -> Any:
 def test_none_is_never_replaced_by_a_template_silently() -> None:
     with pytest.raises(TypeError, match="got None"):
         acquire(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("Euler", "got str"), (object(), "got object"), (diffusers.EulerDiscreteScheduler, "got the class EulerDiscrete")],
+)
+def test_what_is_no_scheduler_is_refused_at_once(given: Any, named: str) -> None:
+    with pytest.raises(TypeError, match=f"expected a diffusers scheduler, {named}"):
+        acquire(given)
+
+
+def test_a_whole_pipeline_is_no_scheduler(pipe: Any) -> None:
+    with pytest.raises(TypeError, match="expected a diffusers scheduler, got StableDiffusionPipeline"):
+        acquire(pipe)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "ScoreSdeVpScheduler"])
+def test_a_class_without_a_table_is_leased_as_a_copy_where_it_is_isolated(name: str) -> None:
+    own = scheduler_classes()[name]()
+    with acquire(own) as first, acquire(own) as second, acquire(own, "isolate") as third:
+        assert [lease.ownership for lease in (first, second, third)] == ["shared", "cloned", "cloned"]
+        assert len({id(lease.scheduler) for lease in (first, second, third)}) == 3
+        assert first.scheduler is own
 
 
 @pytest.mark.parametrize(("argument", "value"), [("policy", "share"), ("isolated", "shared")])

@@ -41,12 +41,57 @@ def plan(**fields: Any) -> CapturePlan:
     ("field", "value"),
     [("memory", 0), ("memory", "4"), ("memory", True), ("rows", 0), ("draws", -1), ("unroll", 0), ("ring_bytes", -1),
      ("graph_bytes", -1), ("graph_bytes", 1.5), ("regional", 1), ("compile", "fast"), ("latent_shape", ()),
-     ("latent_shape", (4, 0, 8)), ("batch_sizes", ()), ("batch_sizes", (2, 1)), ("batch_sizes", (0, 1)),
+     ("latent_shape", (4, 0, 8)), ("latent_shape", 4), ("latent_shape", "488"), ("batch_sizes", 4),
+     ("dtype", "float32"), ("conditioning", 3), ("batch_sizes", ()), ("batch_sizes", (2, 1)), ("batch_sizes", (0, 1)),
      ("batch_sizes", (1, 1)), ("batch_sizes", (1, "2"))],
 )  # fmt: skip
 def test_a_capacity_that_makes_no_sense_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"CapturePlan.{field}: expected"):
         plan(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ((2, 16, 64), r"x: expected a fastdiff.plan.TensorSpec\(shape, torch.dtype\), got \(2, 16, 64\)"),
+        (TensorSpec((2, 16), "float32"), "x: expected a fastdiff.plan.TensorSpec.*'float32'"),  # type: ignore[arg-type]
+        (TensorSpec((2, 0), torch.float32), r"x.shape: expected .*sizes >= 1, got \(2, 0\)"),
+        (TensorSpec(2, torch.float32), "x.shape: expected .*sizes >= 1, got 2"),  # type: ignore[arg-type]
+    ],
+)
+def test_conditioning_that_is_no_shape_and_dtype_is_refused_by_name(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"CapturePlan.conditioning.{message}"):
+        plan(conditioning={"x": spec})
+
+
+def test_lists_are_taken_as_tuples() -> None:
+    listed = plan(latent_shape=[4, 8, 8], batch_sizes=[1, 2], conditioning={"x": TensorSpec([3], torch.float32)})  # type: ignore[arg-type]
+    assert listed == plan(batch_sizes=(1, 2), conditioning={"x": TensorSpec((3,), torch.float32)})
+    assert listed.latent_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_batch": 4, "batch_sizes": (1, 2)}, ValueError, r"max_batch: expected 2, the last of .* \(1, 2\), got 4"),
+        ({"plan": "digits"}, TypeError, r"plan: expected a CapturePlan, such as CapturePlan.load\('digits'\), got '"),
+        ({"plan": {"rows": 9}}, TypeError, r"plan: expected a CapturePlan, .* got \{'rows': 9\}"),
+        ({"mode": "Auto"}, ValueError, "mode: expected one of eager, .*loop-graph, auto, got 'Auto'"),
+        ({"dtype": "float16"}, TypeError, "Runtime takes no 'dtype': its capacities are batch_sizes, .*the pipeline's"),
+        ({"plan": CapturePlan.load("digits"), "dtype": torch.float16}, TypeError, "Runtime takes no 'dtype'"),
+        ({"batch_size": 4}, TypeError, "Runtime takes no 'batch_size': its capacities are batch_sizes, memory, rows"),
+        ({"batch_sizes": 4}, ValueError, "CapturePlan.batch_sizes: expected"),
+    ],
+)  # fmt: skip
+def test_a_runtime_says_which_of_its_capacities_it_cannot_take(
+    pipe: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Runtime(pipe, **arguments)
+
+
+def test_max_batch_may_stand_beside_batch_sizes_that_end_with_it(pipe: Any) -> None:
+    assert Runtime(pipe, max_batch=2, batch_sizes=[2], certify=False).plan.batch_sizes == (2,)
 
 
 def test_a_plan_cannot_be_changed() -> None:
@@ -100,6 +145,17 @@ def test_a_plan_that_is_nowhere_is_refused_with_all_names() -> None:
         CapturePlan.load("sd3")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"rows = ", "Invalid value"), (b"\xff\xfe", "can't decode"), (b"steps = 3", "unknown key 'steps'")],
+)
+def test_a_file_that_holds_no_plan_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "own.toml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"own.toml: expected a plan in TOML: .*{message}"):
+        CapturePlan.load(file)
+
+
 GOOD = {"latent_shape": [4, 8, 8], "dtype": "float32"}
 
 
@@ -109,9 +165,9 @@ GOOD = {"latent_shape": [4, 8, 8], "dtype": "float32"}
         ({"steps": 3}, "plan: unknown key 'steps'; expected some of batch_sizes, "),
         ({"dtype": "float31"}, "plan: dtype: expected a dtype such as 'bfloat16', got 'float31'"),
         ({"dtype": "nn"}, "plan: dtype: expected a dtype such as 'bfloat16', got 'nn'"),
-        ({"latent_shape": 4}, "plan: latent_shape: expected a list of sizes >= 1, got 4"),
-        ({"latent_shape": [4, 0]}, r"plan: latent_shape: expected a list of sizes >= 1, got \[4, 0\]"),
-        ({"batch_sizes": "8"}, "plan: batch_sizes: expected a list of sizes >= 1, got '8'"),
+        ({"latent_shape": 4}, "CapturePlan.latent_shape: expected .*sizes >= 1, got 4"),
+        ({"latent_shape": [4, 0]}, r"CapturePlan.latent_shape: expected .*sizes >= 1, got \[4, 0\]"),
+        ({"batch_sizes": "8"}, "CapturePlan.batch_sizes: expected .*sizes >= 1, got '8'"),
         ({"batch_sizes": [2, 1]}, r"CapturePlan.batch_sizes: expected rising sizes >= 1, got \(2, 1\)"),
         ({"rows": "many"}, "CapturePlan.rows: expected an integer >= 1, got 'many'"),
         ({"regional": "yes"}, "CapturePlan.regional: expected True or False, got 'yes'"),
@@ -123,7 +179,10 @@ GOOD = {"latent_shape": [4, 8, 8], "dtype": "float32"}
         ({"conditioning": {"text": [77, 8]}}, r"plan: conditioning.text: expected a shape .*, got \[77, 8\]"),
         ({"conditioning": {"text": {"dtype": "int64"}}}, "plan: conditioning.text: expected a shape"),
         ({"conditioning": {"text": {"shape": [7], "size": 7}}}, "plan: conditioning.text: expected a shape"),
-        ({"conditioning": {"text": {"shape": [7.5]}}}, r"plan: conditioning.text.shape: expected .*, got \[7.5\]"),
+        (
+            {"conditioning": {"text": {"shape": [7.5]}}},
+            r"CapturePlan.conditioning.text.shape: expected .*, got \[7.5\]",
+        ),
         ({"conditioning": {"text": {"shape": [7], "dtype": "x"}}}, "plan: conditioning.text.dtype: expected a dtype"),
     ],
 )

@@ -400,6 +400,8 @@ def test_a_name_that_neither_method_takes_is_a_type_error(name: str) -> None:
 def test_what_is_no_scheduler_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="expected a diffusers scheduler, got dict"):
         fastdiff.tabulate({}, 5)
+    with pytest.raises(TypeError, match=r"got the class DDIMScheduler; DDIMScheduler\(\) makes a scheduler of it"):
+        fastdiff.tabulate(diffusers.DDIMScheduler, 5)
     with pytest.raises(TypeError):
         fastdiff.tabulate(diffusers.DDIMScheduler(), 5, begin_index=1.5)  # type: ignore[arg-type]
 
@@ -408,6 +410,12 @@ def test_what_is_no_scheduler_is_a_type_error() -> None:
 def test_a_begin_index_outside_the_schedule_is_a_value_error(begin_index: int) -> None:
     with pytest.raises(ValueError, match="begin_index: expected"):
         fastdiff.tabulate(diffusers.DDIMScheduler(), 5, begin_index=begin_index)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "5"])
+def test_a_count_of_steps_that_is_none_is_a_value_error(steps: Any) -> None:
+    with pytest.raises(ValueError, match=f"num_inference_steps: expected an integer >= 1, got {steps!r}"):
+        fastdiff.tabulate(diffusers.DDIMScheduler(), steps)
 
 
 def test_a_schedule_without_rows_is_a_value_error() -> None:

@@ -40,6 +40,14 @@ def test_the_library_example_makes_its_images(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png"]
 
 
+def test_the_packages_own_example_makes_its_image(pipe: Any) -> None:
+    code = re.findall(r"^    (.*)$", fastdiff.__doc__ or "", re.MULTILINE)
+    namespace = {"fastdiff": fastdiff, "pipe": pipe}
+    exec(compile("\n".join(code), "fastdiff/__init__.py", "exec"), namespace)
+    (result,) = namespace["results"]
+    assert (result.rows, result.error) == (12, None)
+
+
 def test_the_host_loop_serves_everything(runtime: fastdiff.Runtime) -> None:
     code = example("session.step()")
     assert len(code.splitlines()) <= 30

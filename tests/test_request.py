@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from fastdiff import PlanMismatch, Request, Result
 
@@ -25,6 +26,23 @@ from fastdiff import PlanMismatch, Request, Result
         ({"prompt": "x", "pooled_prompt_embeds": torch.zeros(1)}, "expected prompt_embeds beside them, got none"),
         ({"prompt": "x", "timesteps": [1], "sigmas": [1.0]}, "at most one of timesteps and sigmas"),
         ({"prompt": "x", "negative_prompt": "y", "negative_prompt_embeds": torch.zeros(1)}, "at most one of negative"),
+        ({"prompt": 7}, "^prompt: expected one text, got 7; make a request of each"),
+        ({"prompt": ["a", "b"]}, r"^prompt: expected one text, got \['a', 'b'\]; make a request of each"),
+        ({"prompt": "x", "negative_prompt": 5}, "negative_prompt: expected one text, got 5"),
+        ({"prompt": "x", "latents": [1]}, "latents: expected a tensor of a floating dtype, got list; convert it"),
+        (
+            {"prompt_embeds": torch.zeros(1).numpy()},
+            "prompt_embeds: expected a tensor of a floating dtype, got ndarray",
+        ),
+        ({"prompt_embeds": torch.zeros(1).long()}, "prompt_embeds: expected .* floating dtype, got torch.int64"),
+        (
+            {"prompt": "x", "scheduler": DDIMScheduler},
+            r"scheduler: expected .*, got a class; make one: DDIMScheduler\(\)",
+        ),
+        (
+            {"prompt": "x", "scheduler_options": None},
+            "scheduler_options: expected a mapping .*, got None; leave it out",
+        ),
     ],
 )
 def test_bad_requests_say_what_was_expected(fields: dict[str, Any], message: str) -> None:

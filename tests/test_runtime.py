@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +108,9 @@ def test_generate_leaves_requests_in_order_and_refuses_none_at_all(runtime: Runt
         ({"latents": torch.full((4, 8, 8), float("nan"))}, ValueError, "latents: expected finite"),
         ({"negative_prompt_embeds": torch.zeros(3, 3)}, PlanMismatch, "negative_prompt_embeds: expected shape"),
         ({"steps": 2000}, ValueError, "2000"),
+        ({"steps": 1000}, ValueError, "got DDIMScheduler, which raises IndexError: "),  # diffusers' own accident
+        ({"scheduler": "Helios"}, ValueError, "got Helios, which raises KeyError: "),
+        ({"scheduler": 7}, TypeError, "expected a diffusers scheduler, got int"),
     ],
 )
 def test_an_unsupported_request_raises_before_model_work_and_names_its_index(
@@ -131,6 +134,13 @@ def test_an_unsupported_request_raises_before_model_work_and_names_its_index(
 def test_something_else_than_a_request_is_refused(runtime: Runtime) -> None:
     with pytest.raises(TypeError, match=r"requests\[0\]: expected a fastdiff.Request, got str"):
         runtime.generate(["a handwritten seven"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="requests: expected a list of requests, got one Request: put it in a list"):
+        runtime.generate(MIXED[0])  # type: ignore[arg-type]
+
+
+def test_any_iterable_of_requests_will_do(runtime: Runtime) -> None:
+    results = runtime.generate(request for request in MIXED[:2])
+    assert [result.request for result in results] == MIXED[:2]
 
 
 def test_an_image_that_is_not_finite_is_that_results_error_and_no_others(runtime: Runtime) -> None:
@@ -202,11 +212,25 @@ def test_memory_is_what_the_tensors_take(pipe: Any) -> None:
     assert memory.conditioning_bytes == 2 * 2 * 16 * 64 * 4
     assert (memory.graph_bytes, memory.left_out) == ({}, ())
     assert (memory.pool_bytes, memory.reserved_bytes, memory.driver_bytes) == (None, None, None)
-    runtime.close()
+    for _ in range(2):
+        runtime.close()
     assert not hasattr(runtime, "slots")
     for _ in range(2):  # the lock is free again
         with pytest.raises(RuntimeError, match="this runtime was closed"):
             runtime.session()
+
+
+def test_a_closed_runtime_says_so_whatever_it_is_asked_for(pipe: Any) -> None:
+    runtime = Runtime(pipe, max_batch=1)
+    runtime.close()
+    asked: list[Callable[[], Any]] = [
+        runtime.memory, runtime.profile, runtime.recapture, lambda: runtime.counters,
+        lambda: runtime.prepare(MIXED[0]), lambda: runtime.generate(MIXED[:1]),
+    ]  # fmt: skip
+    for ask in asked:
+        with pytest.raises(RuntimeError, match="this runtime was closed; build another"):
+            ask()
+    assert runtime.supports(MIXED[0]) == "RuntimeError: this runtime was closed; build another"
 
 
 def test_a_profile_leaves_the_slots_as_they_were(runtime: Runtime) -> None:
@@ -268,6 +292,40 @@ def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
         runtime.denoise(latents[:0], {name: tensor[:0] for name, tensor in conditioning.items()}, table)
     with pytest.raises(ValueError, match="conditioning prompt_embeds: expected one for each of 1 latents, got 2"):
         runtime.denoise(latents, {name: tensor.repeat(2, 1, 1, 1) for name, tensor in conditioning.items()}, table)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"guidance": float("nan")}, ValueError, "guidance: expected finite numbers, got"),
+        ({"guidance": torch.tensor(3.0)}, TypeError, "guidance: expected a float for each latent, got Tensor"),
+        ({"guidance": [None]}, TypeError, "guidance: expected a float for each latent, got NoneType"),
+        ({"guidance": "3"}, TypeError, "guidance: expected a float for each latent, got str"),
+        ({"table": diffusers.DDIMScheduler()}, TypeError, "table: expected a StepTable for each .*, got DDIMScheduler"),
+        ({"generators": torch.Generator()}, TypeError, "generators: expected a list of 1, .*, got Generator"),
+        (
+            {"latents": torch.zeros(4, 8, 8)},
+            PlanMismatch,
+            r"latents: expected shape \(N, 4, 8, 8\) .*, got \(4, 8, 8\)",
+        ),
+        ({"latents": torch.zeros(1, 4, 8, 8).long()}, PlanMismatch, "latents: expected .* floating dtype, got .*int64"),
+        ({"latents": [1]}, PlanMismatch, "latents: expected shape .*, got list"),
+        (
+            {"conditioning": {"prompt_embeds": [1]}},
+            TypeError,
+            "conditioning prompt_embeds: expected a tensor .*, got list",
+        ),
+    ],
+)
+def test_denoise_says_what_it_takes(
+    runtime: Runtime, given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    state = runtime.prepare(MIXED[0])
+    own: dict[str, Any] = {"latents": state.prepared[1][:1], "table": state.prepared[0], "guidance": 3}
+    own["conditioning"] = {name: tensor[None] for name, tensor in state.conditioning.items()}
+    assert runtime.denoise(**own).shape == (1, *runtime.plan.latent_shape)
+    with pytest.raises(error, match=message):
+        runtime.denoise(**(own | given))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -411,6 +469,8 @@ def test_sessions_refuse_misuse_in_one_line(session: Session, runtime: Runtime, 
     state = runtime.prepare(MIXED[0])
     with pytest.raises(ValueError, match="expected a prepared state"):
         session.add(RequestState(request=MIXED[0]))
+    with pytest.raises(TypeError, match=r"expected a RequestState, got Request; runtime.prepare\(request\) makes one"):
+        session.add(MIXED[0])  # type: ignore[arg-type]
     for _ in range(4):
         session.add(state)
     with pytest.raises(PlanMismatch, match="all 4 slots are taken"):
@@ -420,9 +480,38 @@ def test_sessions_refuse_misuse_in_one_line(session: Session, runtime: Runtime, 
     with pytest.raises(RuntimeError, match="has a session of this runtime open"):
         runtime.session()
     session.close()
-    with pytest.raises(RuntimeError, match="session is closed"):
-        session.step()
+    uses: list[Callable[[], Any]] = [session.step, lambda: session.free, lambda: session.add(state)]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="session is closed"):
+            use()
     runtime.session().close()
+
+
+def test_a_session_is_of_the_thread_that_opened_it(session: Session, runtime: Runtime) -> None:
+    state = runtime.prepare(MIXED[0])
+    slot = session.add(state)
+    uses: list[Callable[[], Any]] = [session.step, lambda: session.add(state), lambda: session.take(slot)]
+    with ThreadPoolExecutor(1) as elsewhere:
+        for use in uses:
+            with pytest.raises(RuntimeError, match="belongs to the thread that opened it: use it there"):
+                elsewhere.submit(use).result()
+    assert finish(session, slot).finished
+
+
+def test_a_session_that_is_dropped_open_warns_and_lets_the_next_one_in(runtime: Runtime) -> None:
+    state = runtime.prepare(MIXED[0])
+    own = runtime.session()
+    own.add(state)
+    with pytest.warns(ResourceWarning, match="a session was dropped open: close it"):
+        del own
+    end = runtime.slots.batch(4).end
+    assert end.any()
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(lambda: runtime.session().close()).result(timeout=60)
+    assert not end.any()  # parked
+    with runtime.session() as session:
+        assert session.free == 4
+        assert finish(session, session.add(state)).finished
 
 
 def test_a_stale_model_stops_the_step_and_loses_no_request(pipe: Any) -> None:

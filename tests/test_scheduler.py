@@ -233,6 +233,8 @@ def test_a_class_without_a_table_is_refused_at_once() -> None:
         table_scheduler(diffusers.DPMSolverSDEScheduler())
     with pytest.raises(TypeError, match="expected a diffusers scheduler, got dict"):
         table_scheduler({})
+    with pytest.raises(TypeError, match=r"got the class DDIMScheduler; DDIMScheduler\(\) makes a scheduler of it"):
+        table_scheduler(diffusers.DDIMScheduler)
 
 
 def test_a_handle_can_be_tabulated_itself() -> None:
@@ -439,6 +441,28 @@ def test_edits_in_mid_run_are_honoured_by_the_originals_step(name: str, edit: Ho
 
     original, handle = pair(getattr(diffusers, name)())
     assert both(original, handle, edited) == fallbacks
+
+
+def stretch_data(row: int, scheduler: Any) -> None:
+    if row == 3:
+        scheduler.sigmas.data[4] *= 0.5
+
+
+def stretch_array(row: int, scheduler: Any) -> None:
+    if row == 3:
+        scheduler.sigmas.numpy()[4] *= 0.5
+
+
+@pytest.mark.parametrize("edit", [stretch_data, stretch_array])
+def test_what_no_version_counter_tells_is_not_seen_as_the_docstring_says(edit: Hook) -> None:
+    handle = table_scheduler(diffusers.EulerDiscreteScheduler(), strict=True)
+    runs = []
+    for hook in (edit, None):
+        handle.set_timesteps(8)
+        runs.append(loop(handle, handle.timesteps, hook=hook))
+    assert worst(*runs) == 0.0
+    assert handle.stats == (16, 0)
+    assert "tensor.data" in (table_scheduler.__doc__ or "")
 
 
 def repeat_last_sigma(scheduler: Any) -> None:

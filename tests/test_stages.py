@@ -95,8 +95,26 @@ def test_a_scheduler_name_needs_neither_suffix(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"expected one of .*DDIM, .*Euler, .*UniPCMultistep.*; got 'Eular'"):
-        stages.scheduler_class("Eular")
+    with pytest.raises(ValueError, match=r"expected one of .*DDIM, .*Euler, .*UniPCMultistep.*; got 'k-diffusion'"):
+        stages.scheduler_class("k-diffusion")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("UniPC", "UniPCMultistep"),
+        ("euler", "Euler"),
+        ("Eular", "Euler"),
+        ("eulerdiscretescheduler", "Euler"),
+        ("ddim", "DDIM"),
+        ("DPMSolverMultiStep", "DPMSolverMultistep"),
+        ("DMPSolverMultistep", "DPMSolverMultistep"),
+    ],
+)
+def test_a_name_that_is_nearly_one_is_told_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"schedulers, such as {nearest}\b.*; got '{name}'") as refused:
+        stages.scheduler_class(name)
+    assert str(refused.value).count(",") <= 3  # one before three names
 
 
 def test_names_are_found_where_an_optional_package_of_diffusers_is_missing() -> None:

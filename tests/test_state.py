@@ -60,6 +60,11 @@ def test_a_restart_without_a_sample_draws_the_next_one_from_the_requests_generat
         replace(state, generator=None).restart()
 
 
+def test_a_restart_refuses_a_sample_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"sample: expected shape \(2, 3, 5\), .*got \(3, 3\); bring it into"):
+        advanced_state().restart(torch.zeros(3, 3))
+
+
 def test_save_and_load_give_the_same_state(tmp_path: Path) -> None:
     state = replace(advanced_state(), guidance_scale=4.5, dtype=torch.bfloat16)
     state.save(tmp_path / "state.safetensors")
@@ -78,6 +83,25 @@ def test_a_file_is_a_few_kilobytes_plus_latents(tmp_path: Path) -> None:
     state = random_state(table("EulerDiscreteScheduler", 20), 0)
     state.save(tmp_path / "state.safetensors")
     assert (tmp_path / "state.safetensors").stat().st_size < 16_384
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "folder"])
+def test_what_is_no_whole_file_is_refused_with_its_path(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "state.safetensors"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        advanced_state().save(path)
+        path.write_bytes({"cut": path.read_bytes()[:-9], "empty": b"", "text": b"a handwritten seven"}[kind])
+    with pytest.raises(
+        ValueError, match=rf"^{path}: expected a file that RequestState.save wrote, got another or a cut"
+    ):
+        RequestState.load(path)
+
+
+def test_a_file_that_is_not_there_is_not_called_another_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"state\.safetensors"):
+        RequestState.load(tmp_path / "state.safetensors")
 
 
 def test_another_kind_of_file_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -181,8 +181,10 @@ def check_beside(request: Request, name: str, *others: str) -> None:
 def image_size(height: int | None, width: int | None, default: tuple[int, int], multiple: int) -> tuple[int, int]:
     """The size in pixels, `default` where None; PlanMismatch unless both are positive multiples of `multiple`."""
     size = (default[0] if height is None else height, default[1] if width is None else width)
-    if any(not isinstance(side, int) or side < 1 or side % multiple for side in size):
-        nearest = " x ".join(str(max(1, int(side) // multiple) * multiple) for side in size)
+    if not all(isinstance(side, int) for side in size):
+        raise PlanMismatch(f"expected a height and width that are integers, got {size[0]!r} x {size[1]!r}")
+    if any(side < 1 or side % multiple for side in size):
+        nearest = " x ".join(str(max(1, side // multiple) * multiple) for side in size)
         raise PlanMismatch(
             f"expected a positive height and width divisible by {multiple}, got {size[0]} x {size[1]}; "
             f"{nearest} would do"
@@ -197,7 +199,7 @@ def text_length(pipe: Any, asked: int | None, longest: int | None = None) -> int
     if not isinstance(asked, int) or asked < 1 or (longest is not None and asked > longest):
         span = "1 or more" if longest is None else f"1 to {longest}"
         raise PlanMismatch(
-            f"max_sequence_length: expected {span}, what {type(pipe).__name__} takes, got {asked}; leave it out for "
+            f"max_sequence_length: expected {span}, what {type(pipe).__name__} takes, got {asked!r}; leave it out for "
             "the pipeline's own"
         )
     return asked

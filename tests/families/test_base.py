@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff import Request
+from fastdiff import PlanMismatch, Request
 from fastdiff.families import FAMILIES, family_of
+from fastdiff.families.base import image_size, text_length
 from tests.families.tiny_pipelines import shared, sizes_of
 
 TEXT = ("prompt_embeds", "negative_prompt_embeds")
@@ -68,3 +69,15 @@ def test_what_is_given_must_be_finite(name: str, field: str, value: float) -> No
     spoilt.view(-1)[-1] = value
     with pytest.raises(ValueError, match=f"^{field}: expected finite values, got NaN or infinity"):
         family(name).check(Request(**{**fields, field: spoilt}))
+
+
+@pytest.mark.parametrize("side", ["32", 32.0, float("nan")])
+def test_a_size_of_another_type_is_told_as_it_was_given(side: Any) -> None:
+    for height, width, got in ((side, None, f"{side!r} x 32"), (32, side, f"32 x {side!r}")):
+        with pytest.raises(PlanMismatch, match=f"^expected a height and width that are integers, got {got}$"):
+            image_size(height, width, default=(32, 32), multiple=4)
+
+
+def test_a_length_of_another_type_is_told_as_it_was_given() -> None:
+    with pytest.raises(PlanMismatch, match="expected 1 to 512, what FluxPipeline takes, got '77'"):
+        text_length(shared("FluxPipeline"), "77", 512)  # type: ignore[arg-type]
