@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -81,3 +83,26 @@ def test_a_size_of_another_type_is_told_as_it_was_given(side: Any) -> None:
 def test_a_length_of_another_type_is_told_as_it_was_given() -> None:
     with pytest.raises(PlanMismatch, match="expected 1 to 512, what FluxPipeline takes, got '77'"):
         text_length(shared("FluxPipeline"), "77", 512)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_all_runtimes_of_a_pipeline_encode_one_request_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share its tokenizers, which keep how they pad between two lines of a call."""
+    pipe, inside, most = shared(name), 0, 0
+    encode = pipe.encode_prompt
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)  # long enough for the other thread to come in, if it could
+        try:
+            return encode(*arguments, **named)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(pipe, "encode_prompt", watched)
+    families = [family_of(pipe, **sizes_of(name)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda own: own.encode(Request(prompt="a handwritten one")), families))
+    assert most == 1
