@@ -54,7 +54,7 @@ types: $(READY)
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The whole product of the scheduler matrix, which `make test` samples pairwise: ten minutes on two idle cores.
+# The whole product of the scheduler matrix, which `make test` samples pairwise: five minutes on two idle cores.
 oracle: $(READY)
 	$(BIN)/python -m tests.oracle --full --out reports/oracle
 

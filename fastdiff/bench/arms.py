@@ -153,17 +153,16 @@ class Run:
 
     def __init__(self, family: Family, request: Request, scheduler: Any) -> None:
         self.scheduler = scheduler
-        asked, takes = family.schedule(request, scheduler), inspect.signature(scheduler.step).parameters
-        self.step_options = {name: asked.pop(name) for name in asked.keys() & takes}
-        set_timesteps(scheduler, family.device, **asked)
+        asked, generator = family.schedule(request, scheduler), seeded(request.seed)
+        self.step_options = step_options(scheduler, generator, **asked)
+        named = {name: value for name, value in asked.items() if name not in self.step_options}
+        set_timesteps(scheduler, family.device, **named)
         self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
         self.conditioning = {name: tensor[None] for name, tensor in family.encode(request).items()}
         self.guidance = torch.tensor([family.guidance(request)], device=family.device)
-        generator = seeded(request.seed)
         latents = family.noise(lambda shape: normal(generator, shape, family.latent_dtype, family.device))[None]
         self.sample: Tensor = latents * init_noise_sigma(scheduler)  # [1, C, H, W]
         self.row = 0
-        self.step_options |= step_options(scheduler, generator)
 
     @property
     def unfinished(self) -> bool:
@@ -191,10 +190,10 @@ def set_timesteps(scheduler: Any, device: torch.device, **asked: Any) -> None:
         scheduler.set_begin_index(0)
 
 
-def step_options(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """What diffusers' `prepare_extra_step_kwargs` passes."""
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    return {"generator": generator} if takes_generator else {}
+def step_options(scheduler: Any, generator: torch.Generator, **asked: Any) -> dict[str, Any]:
+    """What diffusers' `prepare_extra_step_kwargs` passes: of the generator and what is asked for, what `step` takes."""
+    takes = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in {**asked, "generator": generator}.items() if name in takes}
 
 
 def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:

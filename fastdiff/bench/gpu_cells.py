@@ -500,7 +500,7 @@ def ownership_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
 
 
 def _allocated(device: torch.device) -> int:
-    """By torch's allocator, without what cuBLAS took: UniPC solves a system by it, and it keeps 32 MiB for the next."""
+    """By torch's allocator, without what cuBLAS took: UniPC solves a system by it, and it keeps its workspace."""
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated(device)
 
