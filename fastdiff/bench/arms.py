@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import stages
+from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, shared
 from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import split
 from fastdiff.capture import Mode, compiled
@@ -114,28 +114,6 @@ def requests_of(
     ]
 
 
-# Owning a scheduler
-
-
-def shared(template: Any) -> Any:
-    """The template itself: SGLang's sequential path (`get_or_create_request_scheduler` with isolate=False)."""
-    return template
-
-
-def cloned_deepcopy(template: Any) -> Any:
-    """SGLang's `clone_scheduler_runtime` (diffusion_scheduler_utils.py) and vLLM-Omni's per-request scheduler."""
-    return copy.deepcopy(template)
-
-
-def cloned_shallow(template: Any) -> Any:
-    """The best possible clone: tables shared, lists copied because schedulers append to them in place."""
-    clone = copy.copy(template)
-    for key, value in vars(template).items():
-        if isinstance(value, list):
-            setattr(clone, key, list(value))
-    return clone
-
-
 OWNERS: dict[str, Callable[[Any], Any]] = {
     "shared-sequential": shared,
     "shared-locked": shared,
@@ -152,61 +130,12 @@ class Run:
     """One request on one diffusers scheduler, prepared as diffusers' pipelines and SGLang's stages prepare it."""
 
     def __init__(self, family: Family, request: Request, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        asked, generator = family.schedule(request, scheduler), seeded(request.seed)
-        self.step_options = step_options(scheduler, generator, **asked)
-        named = {name: value for name, value in asked.items() if name not in self.step_options}
-        set_timesteps(scheduler, family.device, **named)
-        self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
+        generator = seeded(request.seed)
+        self.loop = Loop(scheduler, family.device, generator, **family.schedule(request, scheduler))
         self.conditioning = {name: tensor[None] for name, tensor in family.encode(request).items()}
         self.guidance = torch.tensor([family.guidance(request)], device=family.device)
-        latents = family.noise(lambda shape: normal(generator, shape, family.latent_dtype, family.device))[None]
-        self.sample: Tensor = latents * init_noise_sigma(scheduler)  # [1, C, H, W]
-        self.row = 0
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether rows are left."""
-        return self.row < len(self.timesteps)
-
-    def model_input(self) -> Tensor:
-        """What the model sees next [1, C, H, W]."""
-        return scale_model_input(self.scheduler, self.sample, self.timesteps[self.row])
-
-    def advance(self, model_output: Tensor) -> None:
-        """One `step()` on the guided model output [1, C, H, W]."""
-        timestep = self.timesteps[self.row]
-        self.sample = self.scheduler.step(model_output, timestep, self.sample, **self.step_options, return_dict=False)[
-            0
-        ]
-        self.row += 1
-
-
-def set_timesteps(scheduler: Any, device: torch.device, **asked: Any) -> None:
-    """`set_timesteps`, and the begin index where there is one: SDXL's and Flux's pipelines and SGLang set it, and it
-    saves the search for the first timestep."""
-    scheduler.set_timesteps(**asked, device=device)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-
-
-def step_options(scheduler: Any, generator: torch.Generator, **asked: Any) -> dict[str, Any]:
-    """What diffusers' `prepare_extra_step_kwargs` passes: of the generator and what is asked for, what `step` takes."""
-    takes = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in {**asked, "generator": generator}.items() if name in takes}
-
-
-def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
-    """What the model sees; flow matching schedulers have no such method."""
-    if not hasattr(scheduler, "scale_model_input"):
-        return sample
-    scaled: Tensor = scheduler.scale_model_input(sample, timestep)
-    return scaled
-
-
-def init_noise_sigma(scheduler: Any) -> float:
-    """What the first sample is scaled by; flow matching schedulers have no such attribute."""
-    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+        noise = family.noise(lambda shape: normal(generator, shape, family.latent_dtype, family.device))
+        self.loop.begin(noise[None])
 
 
 def alone(
@@ -217,12 +146,14 @@ def alone(
     `owner` is asked when the request starts, not before: a clone is taken of the template as it is then.
     """
     run = Run(family, request, owner())
-    while run.unfinished:
+    loop = run.loop
+    while loop.unfinished:
         with watch:
-            timestep = run.timesteps[run.row].float()[None]
-            run.advance(family.denoiser(run.model_input(), timestep, run.conditioning, run.guidance).to(family.dtype))
+            timestep = loop.timesteps[loop.row].float()[None]
+            output = family.denoiser(loop.model_input(), timestep, run.conditioning, run.guidance)
+            loop.advance(output.to(family.dtype))
         yield
-    return family.decode(run.sample[0])
+    return family.decode(loop.sample[0])
 
 
 def finish(running: Generator[None, None, Tensor]) -> Tensor:
@@ -277,7 +208,7 @@ def together(
     runs = [Run(family, request, owner(request.scheduler)) for request in requests]
     with watch:
         batch: list[Run] = []
-        while active := [run for run in runs if run.unfinished]:
+        while active := [run for run in runs if run.loop.unfinished]:
             members = runs if padded else active
             if members != batch:
                 batch = list(members)
@@ -285,13 +216,14 @@ def together(
                     name: torch.cat([run.conditioning[name] for run in batch]) for name in batch[0].conditioning
                 }
                 guidance = torch.cat([run.guidance for run in batch])
-            inputs = torch.cat([run.model_input() if run.unfinished else run.sample for run in batch])
-            timesteps = torch.stack([run.timesteps[min(run.row, len(run.timesteps) - 1)].float() for run in batch])
+            loops = [run.loop for run in batch]
+            inputs = torch.cat([loop.model_input() if loop.unfinished else loop.sample for loop in loops])
+            timesteps = torch.stack([loop.timesteps[min(loop.row, len(loop.timesteps) - 1)].float() for loop in loops])
             outputs = denoiser(inputs, timesteps, conditioning, guidance).to(family.dtype)
-            for run, output in zip(batch, outputs.split(1), strict=True):
-                if run.unfinished:
-                    run.advance(output)
-    return [family.decode(run.sample[0]) for run in runs]
+            for loop, output in zip(loops, outputs.split(1), strict=True):
+                if loop.unfinished:
+                    loop.advance(output)
+    return [family.decode(run.loop.sample[0]) for run in runs]
 
 
 def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:

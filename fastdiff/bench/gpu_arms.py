@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.bench.arms import init_noise_sigma, scale_model_input, set_timesteps
+from fastdiff.bench.loop import Loop
 from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, interleave
 from fastdiff.capture import Built, StepGraphs
 from fastdiff.models.geometries import Inputs
@@ -116,15 +116,13 @@ class DiffusersRows:
     def start(self) -> None:
         """Own and prepare the schedulers, scale the first noise."""
         work = self._work
-        self._schedulers = [self._owner(template) for template in self._templates]
-        for scheduler in self._schedulers:
-            set_timesteps(scheduler, work.device, num_inference_steps=work.steps)
-        self._timesteps = [list(scheduler.timesteps) for scheduler in self._schedulers]
-        every = [one.timesteps.float() for one in self._schedulers for _ in range(self._size)]
+        owned = [self._owner(template) for template in self._templates]
+        self._loops = [Loop(scheduler, work.device, num_inference_steps=work.steps) for scheduler in owned]
+        every = [scheduler.timesteps.float() for scheduler in owned for _ in range(self._size)]
         # What the model sees, [n] a row; views would not be aligned, and a compiled model copies such inputs.
         self._seen_timesteps = [row.clone() for row in torch.stack(every, dim=1)]
-        parts = work.inputs.sample.split(self._size)
-        self._samples = [part * init_noise_sigma(one) for part, one in zip(parts, self._schedulers, strict=True)]
+        for loop, part in zip(self._loops, work.inputs.sample.split(self._size), strict=True):
+            loop.begin(part)
         self._row = 0
 
     @property
@@ -138,24 +136,19 @@ class DiffusersRows:
             self._advance()
 
     def _advance(self) -> None:
-        row, work = self._row, self._work
-        outputs = [
-            scale_model_input(scheduler, sample, timesteps[row])
-            for scheduler, sample, timesteps in zip(self._schedulers, self._samples, self._timesteps, strict=True)
-        ]
+        work = self._work
+        outputs = [loop.model_input() for loop in self._loops]
         if self._model is not None:
-            seen = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-            output = self._model(seen, self._seen_timesteps[row], work.inputs.conditioning, work.inputs.guidance)
+            seen, timestep = torch.cat(outputs) if len(outputs) > 1 else outputs[0], self._seen_timesteps[self._row]
+            output = self._model(seen, timestep, work.inputs.conditioning, work.inputs.guidance)
             outputs = list(output.to(seen.dtype).split(self._size))
-        for index, scheduler in enumerate(self._schedulers):
-            self._samples[index] = scheduler.step(
-                outputs[index], self._timesteps[index][row], self._samples[index], return_dict=False
-            )[0]
+        for loop, output in zip(self._loops, outputs, strict=True):
+            loop.advance(output)
         self._row += 1
 
     def last(self) -> Tensor:
         """The samples [n, ...]."""
-        return torch.cat(self._samples)
+        return torch.cat([loop.sample for loop in self._loops])
 
     def error(self) -> float:
         """Against the reference."""

@@ -23,14 +23,6 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.bench import gpu_suite, selftest
-from fastdiff.bench.arms import (
-    cloned_deepcopy,
-    cloned_shallow,
-    init_noise_sigma,
-    scale_model_input,
-    set_timesteps,
-    shared,
-)
 from fastdiff.bench.gpu_arms import (
     Arm,
     DiffusersRows,
@@ -44,6 +36,7 @@ from fastdiff.bench.gpu_arms import (
     relative_error,
 )
 from fastdiff.bench.gpu_suite import TREES, CellCase, GpuSuite
+from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, shared
 from fastdiff.bench.measure import StopRule
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.suite import MemoryCase
@@ -510,19 +503,14 @@ def _scheduler_held(settings: Settings, sampler: str, owner: Callable[[Any], Any
     template = scheduler_class(sampler)()
     settle_device(settings.device)
     nothing = bytes_now()
-    scheduler = owner(template)
-    set_timesteps(scheduler, settings.device, num_inference_steps=of.steps)
+    loop = Loop(owner(template), settings.device, num_inference_steps=of.steps)
     before, during = bytes_now() - nothing, 0
-    sample = torch.randn(1, *of.latent_shape, device=settings.device, dtype=torch.bfloat16) * init_noise_sigma(
-        scheduler
-    )
+    loop.begin(torch.randn(1, *of.latent_shape, device=settings.device, dtype=torch.bfloat16))
     sample_bytes = bytes_now() - nothing - before
-    for timestep in list(scheduler.timesteps):
-        output = torch.randn_like(scale_model_input(scheduler, sample, timestep))  # a tensor of its own, as a model's
-        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
-        del output
+    while loop.unfinished:
+        loop.advance(torch.randn_like(loop.model_input()))  # a tensor of its own, as a model's
         during = max(during, bytes_now() - nothing - sample_bytes)
-    del scheduler, sample, timestep
+    del loop
     gc.collect()
     return {"before_bytes": before, "during_bytes": during, "after_bytes": bytes_now() - nothing}
 

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.bench.arms import (
-    Workbench,
-    cloned_deepcopy,
-    cloned_shallow,
-    init_noise_sigma,
-    scale_model_input,
-    set_timesteps,
-    step_options,
-)
+from fastdiff.bench.arms import Workbench
+from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, set_timesteps, shared
 from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
 from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
@@ -80,7 +73,7 @@ class RowBench:
         """One sampler per request, dealt out in turn."""
         return [case.samplers[i % len(case.samplers)] for i in range(case.batch)]
 
-    def first_sample(self, index: int, latent_shape: tuple[int, ...]) -> Tensor:
+    def first_noise(self, index: int, latent_shape: tuple[int, ...]) -> Tensor:
         """Standard normal [1, C, H, W] of request `index`."""
         generator = seeded(self.seed + index)
         return normal(generator, latent_shape, torch.float32, self.bench.device)[None]
@@ -92,23 +85,18 @@ class RowBench:
         model_call = self._model_call(case)
 
         def block() -> Sample:
-            timesteps, samples, options = [], [], []
+            loops = []
             for index, scheduler in enumerate(schedulers):
-                set_timesteps(scheduler, self.bench.device, num_inference_steps=case.steps)
-                timesteps.append(list(scheduler.timesteps[: case.steps]))
-                samples.append(self.first_sample(index, case.latent_shape) * init_noise_sigma(scheduler))
-                options.append(step_options(scheduler, seeded(NOISE_SEED + index)))
+                generator = seeded(NOISE_SEED + index)
+                loops.append(Loop(scheduler, self.bench.device, generator, num_inference_steps=case.steps))
+                loops[index].begin(self.first_noise(index, case.latent_shape))
 
-            def row(number: int) -> None:
-                for index, scheduler in enumerate(schedulers):
-                    timestep = timesteps[index][number]
-                    model_output = scale_model_input(scheduler, samples[index], timestep)
-                    samples[index] = scheduler.step(
-                        model_output, timestep, samples[index], **options[index], return_dict=False
-                    )[0]
+            def row() -> None:
+                for loop in loops:
+                    loop.advance(loop.model_input())
 
             sample = self._timed(case, self.bench.stopwatch(), row, model_call)
-            lasts[:] = samples
+            lasts[:] = [loop.sample for loop in loops]
             return sample
 
         return block, lasts
@@ -128,14 +116,14 @@ class RowBench:
 
         def block() -> Sample:
             for slot, table in enumerate(tables):
-                sample = self.first_sample(slot, case.latent_shape)[0] * table.init_noise_sigma
+                sample = self.first_noise(slot, case.latent_shape)[0] * table.init_noise_sigma
                 rows.slots.load(slot, RequestState(request=None, table=table, latents=table.init(sample)))
             watch = self.bench.stopwatch()
             with watch:
                 for slot, table in enumerate(tables):
                     if table.max_draws:
                         draw(slot, table)
-            timed = self._timed(case, watch, lambda number: rows.steps(case.batch), model_call)
+            timed = self._timed(case, watch, lambda: rows.steps(case.batch), model_call)
             lasts[:] = [rows.slots.read(slot, 1) for slot in range(case.batch)]
             return timed
 
@@ -154,19 +142,19 @@ class RowBench:
         return lambda: family.denoiser(sample, numbers, conditioning, numbers)
 
     def _timed(
-        self, case: RowCase, watch: Stopwatch, row: Callable[[int], None], model_call: Callable[[], object] | None
+        self, case: RowCase, watch: Stopwatch, row: Callable[[], None], model_call: Callable[[], object] | None
     ) -> Sample:
         """All rows in one go, or each alone after a real model call that is not timed; on top of `watch`."""
         with torch.no_grad():
             if model_call is None:
                 with watch:
-                    for number in range(case.steps):
-                        row(number)
+                    for _ in range(case.steps):
+                        row()
             else:
-                for number in range(case.steps):
+                for _ in range(case.steps):
                     model_call()
                     with watch:
-                        row(number)
+                        row()
         return Sample(watch.seconds, gpu_s=watch.gpu_s)
 
 
@@ -232,25 +220,33 @@ def counts(rows: RowBench, case: CountCase) -> Iterator[dict[str, Any]]:
 def _count_diffusers(rows: RowBench, case: RowCase) -> dict[str, list[int]]:
     device = CountingDevice()
     counted: dict[str, list[int]] = {"operations": [], "syncs": []}
-    members = []
-    for index, name in enumerate(rows.samplers(case)):
-        scheduler = copy.deepcopy(rows.bench.template(name))
-        set_timesteps(scheduler, torch.device("cpu"), num_inference_steps=case.steps)
-        sample = rows.first_sample(index, case.latent_shape).cpu() * init_noise_sigma(scheduler)
-        options = step_options(scheduler, seeded(NOISE_SEED + index))
-        scheduler.timesteps = device.put(scheduler.timesteps)
-        members.append([scheduler, device.put(sample), options])
     with torch.no_grad(), device:
-        for number in range(case.steps):
-            timesteps = [scheduler.timesteps[number] for scheduler, _, _ in members]
+        loops = [
+            _on_emulated(
+                device, copy.deepcopy(rows.bench.template(name)), case.steps, rows.first_noise(index, case.latent_shape)
+            )
+            for index, name in enumerate(rows.samplers(case))
+        ]
+        for _ in range(case.steps):
             device.operations = device.syncs = 0
-            for member, timestep in zip(members, timesteps, strict=True):
-                scheduler, sample, options = member
-                model_output = scale_model_input(scheduler, sample, timestep)
-                member[1] = scheduler.step(model_output, timestep, sample, **options, return_dict=False)[0]
+            for loop in loops:
+                loop.advance(loop.model_input())
             counted["operations"].append(device.operations)
             counted["syncs"].append(device.syncs)
     return counted
+
+
+def _on_emulated(device: CountingDevice, scheduler: Any, steps: int, noise: Tensor) -> Loop:
+    """A loop whose sample and timesteps, but not its sigmas, are on the device, as `set_timesteps(device=)` has it.
+
+    `device` is entered.
+    """
+    loop = Loop(scheduler, torch.device("cpu"), seeded(NOISE_SEED), num_inference_steps=steps)
+    scheduler.timesteps = device.put(scheduler.timesteps)
+    loop.timesteps = list(scheduler.timesteps)
+    loop.begin(noise.cpu())
+    loop.sample = device.put(loop.sample)
+    return loop
 
 
 def count_tables(rows: RowBench, case: RowCase) -> Counted:
@@ -259,7 +255,7 @@ def count_tables(rows: RowBench, case: RowCase) -> Counted:
     slots = Slots(plan, "cpu")
     for slot, name in enumerate(rows.samplers(case)):
         table = fastdiff.tabulate(rows.bench.template(name), case.steps)
-        latents = table.init(rows.first_sample(slot, case.latent_shape)[0].cpu())
+        latents = table.init(rows.first_noise(slot, case.latent_shape)[0].cpu())
         slots.load(slot, RequestState(request=None, table=table, latents=latents))
     return count_steps(null_model, slots, case.batch, case.steps)
 
@@ -288,11 +284,11 @@ def errors(rows: RowBench, case: ErrorCase) -> Iterator[dict[str, Any]]:
         found: dict[str, list[float]] = {"diffusers": [], "fastdiff": []}
         for seed in range(rows.seed, rows.seed + case.seeds):
             generator = seeded(seed)
-            first = normal(generator, case.latent_shape, torch.float32, torch.device("cpu")) * table.init_noise_sigma
+            noise = normal(generator, case.latent_shape, torch.float32, torch.device("cpu"))
             outputs = torch.randn(len(table), *case.latent_shape, generator=generator)
-            reference = _float64(table, first, outputs)
+            reference = _float64(table, noise, outputs)
             for side, run in (("diffusers", _diffusers_float32), ("fastdiff", _fastdiff_float32)):
-                last = run(rows, sampler, case, table, first, outputs)
+                last = run(rows, sampler, case, table, noise, outputs)
                 error = (last.double() - reference).abs().max() / reference.abs().max()
                 found[side].append(error.item())
         yield {"sampler": sampler, "steps": case.steps, **{side: worst(seen) for side, seen in found.items()}}
@@ -303,36 +299,35 @@ def worst(errors: Sequence[float]) -> float | None:
     return max(errors) if all(map(math.isfinite, errors)) else None
 
 
-def _float64(table: StepTable, first: Tensor, outputs: Tensor) -> Tensor:
+def _float64(table: StepTable, noise: Tensor, outputs: Tensor) -> Tensor:
     generator = seeded(NOISE_SEED)
-    state = table.init(first.double())
+    state = table.init((noise * table.init_noise_sigma).double())
     for row in range(len(table)):
-        noise = row_noise(generator, table.draws[row], first.shape, torch.float32, first.device)
-        state = table.advance(row, state, outputs[row].double(), [eps.double() for eps in noise])
+        drawn = row_noise(generator, table.draws[row], noise.shape, torch.float32, noise.device)
+        state = table.advance(row, state, outputs[row].double(), [eps.double() for eps in drawn])
     return state[0]
 
 
 def _diffusers_float32(
-    rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, first: Tensor, outputs: Tensor
+    rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, noise: Tensor, outputs: Tensor
 ) -> Tensor:
     scheduler = copy.deepcopy(rows.bench.template(sampler))
-    set_timesteps(scheduler, torch.device("cpu"), num_inference_steps=case.steps)
-    options = step_options(scheduler, seeded(NOISE_SEED))
-    sample = first[None]
-    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
-        scale_model_input(scheduler, sample, timestep)  # the outputs are given, but samplers insist on the call
-        sample = scheduler.step(output[None], timestep, sample, **options, return_dict=False)[0]
-    return sample[0]
+    loop = Loop(scheduler, torch.device("cpu"), seeded(NOISE_SEED), num_inference_steps=case.steps)
+    loop.begin(noise[None])
+    for output in outputs:
+        loop.model_input()  # the outputs are given, but samplers insist on the call
+        loop.advance(output[None])
+    return loop.sample[0]
 
 
 def _fastdiff_float32(
-    rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, first: Tensor, outputs: Tensor
+    rows: RowBench, sampler: str, case: ErrorCase, table: StepTable, noise: Tensor, outputs: Tensor
 ) -> Tensor:
     slots = Slots(_plan_of(table, case.latent_shape), "cpu")
-    slots.load(0, RequestState(request=None, table=table, latents=table.init(first)))
+    slots.load(0, RequestState(request=None, table=table, latents=table.init(noise * table.init_noise_sigma)))
     generator = seeded(NOISE_SEED)
     for row in range(len(table)):
-        slots.put_noise(0, row, run_noise(generator, [table.draws[row]], first.shape, torch.float32, first.device))
+        slots.put_noise(0, row, run_noise(generator, [table.draws[row]], noise.shape, torch.float32, noise.device))
         output = outputs[row]
         denoise_step(lambda sample, timestep, conditioning, guidance, output=output: output, slots.batch(1))
     return slots.read(0, 1)[0]
@@ -356,7 +351,7 @@ def memory(rows: RowBench, case: MemoryCase) -> Iterator[dict[str, Any]]:
     for sampler in case.samplers:
         template = rows.bench.template(sampler)
         for ownership, owner in (
-            ("shared", lambda template: template),
+            ("shared", shared),
             ("cloned-deepcopy", cloned_deepcopy),
             ("cloned-shallow", cloned_shallow),
         ):
@@ -378,21 +373,14 @@ def _scheduler_bytes(template: Any, owner: Callable[[Any], Any], case: MemoryCas
     with torch.no_grad(), device:
         scheduler = owner(template)
         before = reachable(scheduler, template)
-        set_timesteps(scheduler, torch.device("cpu"), num_inference_steps=case.steps)
-        scheduler.timesteps = device.put(scheduler.timesteps)  # where set_timesteps(device=) puts them, unlike sigmas
-        sample = device.put(torch.zeros(1, *case.latent_shape))
-        options = step_options(scheduler, seeded(NOISE_SEED))
+        loop = _on_emulated(device, scheduler, case.steps, torch.zeros(1, *case.latent_shape))
         during = 0
-        for timestep in scheduler.timesteps:
-            scaled = scale_model_input(scheduler, sample, timestep)
-            model_output = torch.zeros_like(scaled)  # a tensor of its own, as a model returns
-            del scaled
-            sample = scheduler.step(model_output, timestep, sample, **options, return_dict=False)[0]
-            del model_output
+        while loop.unfinished:
+            loop.advance(torch.zeros_like(loop.model_input()))  # a tensor of its own, as a model returns
             # The sample is the caller's; a scheduler that holds on to the same tensor adds nothing.
-            own = storage_bytes([sample])
-            during = max(during, reachable(scheduler, template, sample) - own)
-        del scheduler, sample, timestep
+            own = storage_bytes([loop.sample])
+            during = max(during, reachable(scheduler, template, loop.sample) - own)
+        del scheduler, loop
         after = reachable(template)
     return {
         "before_bytes": before, "during_bytes": during, "after_bytes": after, "row_peak_bytes": device.peak_bytes

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench import gpu_suite, selftest
-from fastdiff.bench.arms import cloned_deepcopy
 from fastdiff.bench.gpu import (
     Cell,
     Journal,
@@ -44,6 +43,7 @@ from fastdiff.bench.gpu_arms import (
 )
 from fastdiff.bench.gpu_cells import GRAPH_ARMS, Settings, read_junit, read_log
 from fastdiff.bench.gpu_report import markdown, outcomes
+from fastdiff.bench.loop import cloned_deepcopy, shared
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.words import NEEDS_CUDA
 from fastdiff.capture import Steps
@@ -332,7 +332,7 @@ def test_a_wrong_arm_is_invalid_and_not_timed(wrong: str) -> None:
 def test_one_scheduler_for_all_is_right_while_they_sample_alike() -> None:
     work = small_work(("UniPCMultistep", "UniPCMultistep"))
     arms = [
-        DiffusersRows("shared", work, lambda template: template, None, together=True),
+        DiffusersRows("shared", work, shared, None, together=True),
         DiffusersRows("cloned-deepcopy", work, cloned_deepcopy, None),
     ]
     entry = measure_rows(arms, work, [], RULE)
