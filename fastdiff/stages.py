@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import replace
 from difflib import get_close_matches
@@ -124,8 +125,10 @@ def scheduler_class(name: str) -> Any:
     usable = {short: cls for short, cls in usable.items() if cls.__name__ not in REFUSED}
     if _short(name) not in usable:
         spelled = {short.lower(): short for short in sorted(usable)}
-        asked = name.lower().removesuffix("scheduler").removesuffix("discrete")
-        near = [short for short in spelled if short.startswith(asked)] or get_close_matches(asked, spelled)
+        asked = re.sub("[^a-z0-9]", "", name.lower()).removesuffix("scheduler").removesuffix("discrete")
+        near = [short for short in spelled if short.startswith(asked)]
+        near = near or [short for short in spelled if short[:3] == asked[:3]]  # papers say "DPM++ 2M"
+        near = near or get_close_matches(asked, spelled)
         such = "diffusers' schedulers, such as " if near else ""
         names = ", ".join(spelled[short] for short in near or spelled)
         raise ValueError(f"scheduler: expected one of {such}{names}; got {name!r}")

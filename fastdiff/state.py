@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.noise import copy_generator, normal
 from fastdiff.request import Request
-from fastdiff.table import StepTable
+from fastdiff.table import StepTable, read_tensors
 
 FORMAT_VERSION = "1"
 Noise = Callable[[Callable[[tuple[int, ...]], Tensor]], Tensor]  # a first latent, from draws of any shape
@@ -105,17 +104,7 @@ class RequestState:
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> RequestState:
         """Read a state that `save` wrote; any other file is a ValueError."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        except FileNotFoundError:  # which names the path itself
-            raise
-        except (SafetensorError, OSError) as error:  # the second of a folder
-            raise ValueError(
-                f"{path}: expected a file that RequestState.save wrote, got another or a cut one ({error}); "
-                "save the request again"
-            ) from error
+        tensors, metadata = read_tensors(path, "RequestState.save")
         found = metadata.get("fastdiff.RequestState")
         if found != FORMAT_VERSION:
             raise ValueError(

@@ -165,22 +165,17 @@ class StepTable:
     @classmethod
     def load(cls, path: str | Path) -> StepTable:
         """Read a table that `save` wrote; any other file is a ValueError."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not iterable itself
-                return cls.from_tensors(tensors, file.metadata())
-        except SafetensorError as error:
-            raise ValueError(f"{path}: expected a whole safetensors file, got another or a truncated one") from error
+        return cls.from_tensors(*read_tensors(path, "StepTable.save"))
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata of a safetensors file, for those who write more beside them."""
         return self._tensors(), {**self._metadata(), "digest": self.digest}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> StepTable:
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> StepTable:
         """The inverse of `to_tensors`."""
-        found = (metadata or {}).get("fastdiff.StepTable")
-        if metadata is None or found != FORMAT_VERSION:
+        found = metadata.get("fastdiff.StepTable")
+        if found != FORMAT_VERSION:
             raise ValueError(
                 f"expected a StepTable of format version {FORMAT_VERSION}, got {found or 'another kind of file'}; "
                 "tabulate the scheduler again and save it with this version"
@@ -215,6 +210,20 @@ class StepTable:
             "x0_source": self.x0_source or "",
             "source": self.source,
         }
+
+
+def read_tensors(path: str | Path, writer: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file that `writer` wrote; ValueError for what is no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not iterable itself
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:  # which names the path itself
+        raise
+    except (SafetensorError, OSError) as error:  # the second of a folder
+        raise ValueError(
+            f"{path}: expected a file that {writer} wrote, got another or a cut one ({error}); save it again"
+        ) from error
 
 
 _TENSOR_NAMES = tuple(field.name for field in fields(StepTable) if field.type == "Tensor")

@@ -109,12 +109,20 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("ddim", "DDIM"),
         ("DPMSolverMultiStep", "DPMSolverMultistep"),
         ("DMPSolverMultistep", "DPMSolverMultistep"),
+        ("Euler a", "EulerAncestral"),
     ],
 )
 def test_a_name_that_is_nearly_one_is_told_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"schedulers, such as {nearest}\b.*; got '{name}'") as refused:
         stages.scheduler_class(name)
     assert str(refused.value).count(",") <= 3  # one before three names
+
+
+@pytest.mark.parametrize("name", ["DPM++", "DPM++ 2M", "dpmpp_2m"])
+def test_a_papers_name_is_told_the_family(name: str) -> None:
+    with pytest.raises(ValueError, match=r"such as .*\bDPMSolverMultistep\b") as refused:
+        stages.scheduler_class(name)
+    assert "Euler" not in str(refused.value)
 
 
 def test_names_are_found_where_an_optional_package_of_diffusers_is_missing() -> None:

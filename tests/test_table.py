@@ -284,13 +284,18 @@ def saved(tmp_path: Path) -> Path:
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="expected a whole safetensors file, got another or a truncated one"):
+    with pytest.raises(ValueError, match=r"expected a file that StepTable\.save wrote, got another or a cut one"):
         StepTable.load(saved)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: expected a file that StepTable.save wrote"):
+        StepTable.load(tmp_path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a table")
-    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+    with pytest.raises(ValueError, match="expected a file that StepTable"):
         StepTable.load(tmp_path / "text")
     save_file({"weight": torch.zeros(3)}, tmp_path / "weights")
     with pytest.raises(ValueError, match=f"expected a StepTable of format version {FORMAT_VERSION}, got another kind"):

@@ -25,10 +25,10 @@ import torch
 import fastdiff
 from fastdiff.bench import gpu_cells, machine
 from fastdiff.bench.arguments import device, refuse
-from fastdiff.bench.gpu_cells import Settings, Unsupported
 from fastdiff.bench.gpu_report import MEASURED, markdown, outcomes
+from fastdiff.bench.gpu_settings import Settings, Unsupported
 from fastdiff.bench.gpu_suite import TIERS, CellCase
-from fastdiff.bench.journal import NAME, append_line, commit, read_lines
+from fastdiff.bench.journal import NAME, append_line, commit, now, read_lines
 from fastdiff.bench.suite import find
 
 Record = dict[str, Any]
@@ -145,7 +145,7 @@ class Journal:
 
     def append(self, **record: Any) -> None:
         """Write a record, with the time."""
-        append_line(self.path, {**record, "at": time.strftime("%Y-%m-%d %H:%M:%S %Z")})
+        append_line(self.path, {**record, "at": now()})
 
 
 def run(

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fastdiff
-from fastdiff.bench import gpu_suite, selftest
+from fastdiff.bench import gpu_bytes, gpu_tests, selftest
 from fastdiff.bench.gpu_arms import (
     Arm,
     DiffusersRows,
@@ -35,117 +31,19 @@ from fastdiff.bench.gpu_arms import (
     observe,
     relative_error,
 )
-from fastdiff.bench.gpu_suite import TREES, CellCase, GpuSuite
-from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, shared
-from fastdiff.bench.measure import StopRule
+from fastdiff.bench.gpu_settings import Settings
+from fastdiff.bench.gpu_suite import TREES, CellCase
+from fastdiff.bench.loop import cloned_deepcopy, cloned_shallow, shared
 from fastdiff.bench.rows import null_model
-from fastdiff.bench.suite import MemoryCase
-from fastdiff.bench.vram import device_bytes, settle_device
 from fastdiff.bench.words import NEEDS_CUDA
-from fastdiff.capture import Built, Regions, StepGraphs, Steps, compiled, step_function
+from fastdiff.capture import Built, Regions, StepGraphs, Steps, compiled
 from fastdiff.denoiser import Denoiser
 from fastdiff.models.geometries import Geometry, Inputs, geometry
 from fastdiff.plan import CapturePlan, Compile
-from fastdiff.probe import tabulate
 from fastdiff.profile import profile_step
 from fastdiff.slots import Slots
-from fastdiff.stages import scheduler_class
-from fastdiff.state import RequestState
-from fastdiff.step import denoise_step
 
 GRAPH_ARMS = ("tensorized/step-graph", "tensorized/loop-graph")
-TESTS_END_S = 15  # of their cell's max_s, for it to start and to say how far they came
-
-
-class Unsupported(Exception):
-    """A cell that cannot run here, and why."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all cells share."""
-
-    device: torch.device
-    tiny: bool  # whether it runs, not how fast: see GpuSuite.tiny
-    out: Path
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether there is anything to measure."""
-        return self.device.type == "cuda"
-
-    @cached_property
-    def suite(self) -> GpuSuite:
-        """What there is to measure."""
-        suite = gpu_suite.load()
-        return suite.tiny() if self.tiny else suite
-
-    @property
-    def rule(self) -> StopRule:
-        """When an arm has been timed often enough."""
-        own = self.suite
-        return StopRule(level=own.level, half_width=own.half_width, max_pairs=own.max_pairs, max_s=own.max_s)
-
-    def require_cuda(self) -> None:
-        """Raise Unsupported on any other device."""
-        if not self.on_cuda:
-            raise Unsupported(NEEDS_CUDA)
-
-    def compiler(self) -> AbstractContextManager[object]:
-        """What torch.compile does within: on a CPU it only traces, to show that it can."""
-        return nullcontext() if self.on_cuda else torch.compiler.set_stance("default", force_backend="eager")
-
-
-def cuda_tests(settings: Settings, case: CellCase) -> Iterator[Entry]:
-    """The tests that are marked `cuda`, in a process of their own."""
-    settings.require_cuda()
-    root = Path(fastdiff.__file__).parents[1]
-    if not (root / "tests").is_dir():
-        raise Unsupported(f"there are no tests beside the package in {root}")
-    results, log = settings.out / "tests.xml", settings.out / "tests.log"
-    results.unlink(missing_ok=True)  # an earlier attempt's
-    command = [sys.executable, "-m", "pytest", "-vv", "-m", "cuda", "-p", "no:cacheprovider", "--durations=10"]
-    # Only files that have some: the others import what such a machine may lack. The nearest to the root come first.
-    files = [file for file in (root / "tests").rglob("test_*.py") if "mark.cuda" in file.read_text(encoding="utf-8")]
-    command += [f"--junitxml={results.resolve()}", *map(str, sorted(files, key=lambda file: (len(file.parts), file)))]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # the log of a test that hangs ends with its name
-    started, code = time.perf_counter(), None
-    with log.open("w", encoding="utf-8") as output, suppress(subprocess.TimeoutExpired):  # which no code says
-        code = subprocess.run(
-            command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False,
-            timeout=case.max_s and max(1.0, case.max_s - TESTS_END_S),
-        ).returncode  # fmt: skip
-    seconds, said = time.perf_counter() - started, log.read_text(encoding="utf-8")
-    counts = read_junit(results.read_text(encoding="utf-8")) if results.exists() else read_log(said)
-    yield {"kind": "tests", "seconds": seconds, "code": code, **counts, "log_tail": said.splitlines()[-5:]}
-    if code != 0:
-        ended = "was cut at its limit" if code is None else f"ended with code {code}"
-        raise RuntimeError(f"pytest {ended}: see {log}")
-
-
-def read_junit(text: str) -> Entry:
-    """Counts, and the failures by name with the first line of what they say."""
-    found: dict[str, list[Entry]] = {"passed": [], "failure": [], "error": [], "skipped": []}
-    for case in ElementTree.fromstring(text).iter("testcase"):
-        outcome = next((one for one in case if one.tag in found), None)
-        message = (outcome.get("message") or "").partition("\n")[0] if outcome is not None else ""
-        name = f"{case.get('classname')}.{case.get('name')}"
-        found["passed" if outcome is None else outcome.tag].append({"test": name, "message": message})
-    return {
-        "passed": len(found["passed"]),
-        "skipped": len(found["skipped"]),
-        "failures": found["failure"] + found["error"],
-    }
-
-
-def read_log(text: str) -> Entry:
-    """The same of pytest's log, where a run did not come to its end."""
-    lines = text.splitlines()
-    return {
-        "passed": sum(" PASSED" in line for line in lines),
-        "skipped": sum(" SKIPPED" in line for line in lines),
-        "failures": [{"test": line.partition(" ")[0], "message": ""} for line in lines if " FAILED" in line],
-    }
 
 
 def ceilings(settings: Settings, case: CellCase) -> Iterator[Entry]:
@@ -222,7 +120,7 @@ def geometry_rows(settings: Settings, case: CellCase) -> Iterator[Entry]:
     settings compile, what torch.compile captures by itself.
     """
     suite, n, how = settings.suite, _batch(case), case.compile or "default"
-    own = _geometry(settings, case)
+    own = settings.geometry(case)
     plan = replace(own.plan, batch_sizes=(n,), unroll=suite.unroll, compile=how)
     inputs = own.inputs(n)._replace(guidance=torch.full((n,), suite.rows.guidance, device=settings.device))
     samplers, steps = (case.sampler or "DPMSolverMultistep",) * n, case.steps or suite.rows.steps
@@ -307,11 +205,6 @@ def _precise(inputs: Inputs) -> Inputs:
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.conditioning.items()
     }
     return inputs._replace(sample=inputs.sample.float(), conditioning=conditioning)
-
-
-def _geometry(settings: Settings, case: CellCase) -> Geometry:
-    assert case.geometry is not None  # CellCase asks for it wherever it is needed
-    return geometry(case.geometry, settings.device, torch.bfloat16)
 
 
 def _batch(case: CellCase) -> int:
@@ -417,125 +310,6 @@ def _with_trees(denoiser: Denoiser, mode: str) -> Model:
     return marked
 
 
-# Bytes
-
-
-def graph_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
-    """VRAM from load to release, and what each batch size's graph adds. Eager kernels: compiling them takes minutes."""
-    settings.require_cuda()
-    yield _phase(settings, "nothing")
-    own = _geometry(settings, case)
-    plan = replace(own.plan, compile="none")
-    yield _phase(settings, "model loaded")
-    slots = Slots(plan, settings.device, planar=True)
-    yield _phase(settings, "slots")
-    eager = Steps(own.denoiser, slots, "eager")
-    for _ in range(2):
-        eager(plan.max_batch)
-    yield _phase(settings, "warm-up: eager rows of the largest batch")
-    del eager
-    largest = StepGraphs(settings.device, unroll=1)
-    largest.capture(plan.max_batch, step_function(own.denoiser, slots.batch(plan.max_batch).with_views()))
-    largest_bytes = largest.pool_bytes
-    largest.close()
-    del largest
-    settle_device(settings.device)
-    yield _phase(settings, "the largest batch captured alone, and released")
-    steps = Steps(own.denoiser, slots, "step-graph", own.model)
-    assert steps.graphs is not None  # a graph mode has them from its constructor on
-    yield _phase(settings, "all batches captured")
-    yield {
-        "kind": "graphs",
-        "model": own.name,
-        "largest_alone_bytes": largest_bytes,
-        "pool_bytes": steps.graphs.pool_bytes,
-        "state_bytes": slots.nbytes,
-        "sizes": {str(n): asdict(built) for (_, n), built in sorted(steps.built.items())},
-    }
-    for n in plan.batch_sizes * 20:
-        steps(n)
-    yield _phase(settings, "steady: 20 replays of every size")
-    steps.close()
-    del steps, slots
-    settle_device(settings.device)
-    yield _phase(settings, "graphs and slots released")
-
-
-def _phase(settings: Settings, name: str) -> Entry:
-    """Bytes at this point, and torch's peak since the last."""
-    held = device_bytes(settings.device)
-    return {
-        "kind": "phase",
-        "phase": name,
-        "allocated_bytes": held.allocated_bytes,
-        "peak_allocated_bytes": held.allocated_peak_bytes,
-        "reserved_bytes": held.reserved_bytes,
-        "driver_bytes": held.used_bytes,
-    }
-
-
-def ownership_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
-    """Device bytes that each ownership of a scheduler holds before, during and after a request, by torch's allocator.
-
-    bfloat16 latents. A sample is its caller's and not counted; in a slot it is a part of the slot, and counted.
-    """
-    settings.require_cuda()
-    for one in settings.suite.ownership:
-        for sampler in one.samplers:
-            _scheduler_held(settings, sampler, cloned_deepcopy, one)  # libraries take workspaces
-            for ownership, owner in (
-                ("shared", shared), ("cloned-deepcopy", cloned_deepcopy), ("cloned-shallow", cloned_shallow),
-            ):  # fmt: skip
-                held = _scheduler_held(settings, sampler, owner, one)
-                yield {"kind": "ownership", "shape": one.name, "sampler": sampler, "ownership": ownership, **held}
-            held = _slot_held(settings, sampler, one)
-            yield {"kind": "ownership", "shape": one.name, "sampler": sampler, "ownership": "tensorized", **held}
-
-
-def _allocated(device: torch.device) -> int:
-    """By torch's allocator, without what cuBLAS took: UniPC solves a system by it, and it keeps its workspace."""
-    torch._C._cuda_clearCublasWorkspaces()
-    return torch.cuda.memory_allocated(device)
-
-
-def _scheduler_held(settings: Settings, sampler: str, owner: Callable[[Any], Any], of: MemoryCase) -> Entry:
-    bytes_now = partial(_allocated, settings.device)
-    template = scheduler_class(sampler)()
-    settle_device(settings.device)
-    nothing = bytes_now()
-    loop = Loop(owner(template), settings.device, num_inference_steps=of.steps)
-    before, during = bytes_now() - nothing, 0
-    loop.begin(torch.randn(1, *of.latent_shape, device=settings.device, dtype=torch.bfloat16))
-    sample_bytes = bytes_now() - nothing - before
-    while loop.unfinished:
-        loop.advance(torch.randn_like(loop.model_input()))  # a tensor of its own, as a model's
-        during = max(during, bytes_now() - nothing - sample_bytes)
-    del loop
-    gc.collect()
-    return {"before_bytes": before, "during_bytes": during, "after_bytes": bytes_now() - nothing}
-
-
-def _slot_held(settings: Settings, sampler: str, of: MemoryCase) -> Entry:
-    bytes_now = partial(_allocated, settings.device)
-    table = tabulate(scheduler_class(sampler)(), of.steps)
-    plan = CapturePlan(
-        latent_shape=of.latent_shape, dtype=torch.bfloat16, batch_sizes=(1,), memory=table.memory, rows=len(table),
-        draws=table.max_draws,
-    )  # fmt: skip
-    settle_device(settings.device)
-    nothing = bytes_now()
-    slots = Slots(plan, settings.device)
-    before, during = bytes_now() - nothing, 0
-    sample = torch.randn(*of.latent_shape, device=settings.device, dtype=torch.bfloat16)
-    slots.load(0, RequestState(request=None, table=table, latents=table.init(sample * table.init_noise_sigma)))
-    del sample
-    for _ in range(len(table)):
-        denoise_step(null_model, slots.batch(1))
-        during = max(during, bytes_now() - nothing)
-    slots.park(0)
-    return {"before_bytes": before, "during_bytes": during, "after_bytes": bytes_now() - nothing}
-
-
 # Start-up
 
 
@@ -580,12 +354,12 @@ def self_test(settings: Settings, case: CellCase) -> Iterator[Entry]:
 
 
 MEASURES: Mapping[str, Callable[[Settings, CellCase], Iterator[Entry]]] = {
-    "tests": cuda_tests,
+    "tests": gpu_tests.cuda_tests,
     "ceilings": ceilings,
     "null model": null_rows,
     "rows": geometry_rows,
-    "graphs": graph_memory,
-    "ownership": ownership_memory,
+    "graphs": gpu_bytes.graph_memory,
+    "ownership": gpu_bytes.ownership_memory,
     "start": starts,
     "selftest": self_test,
 }

@@ -92,10 +92,15 @@ def unfinished() -> Path:
     return folders[-1]
 
 
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def stamp() -> dict[str, Any]:
-    """When a command was given, in UTC, and what it was: of every report that one writes."""
+    """When a command was given, and what it was: of every report that one writes."""
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "command": ["python", "-m", "fastdiff.bench", *sys.argv[1:]],
     }
 

@@ -41,8 +41,10 @@ from fastdiff.bench.gpu_arms import (
     measure_rows,
     traced_calls,
 )
-from fastdiff.bench.gpu_cells import GRAPH_ARMS, Settings, read_junit, read_log
+from fastdiff.bench.gpu_cells import GRAPH_ARMS
 from fastdiff.bench.gpu_report import markdown, outcomes
+from fastdiff.bench.gpu_settings import Settings
+from fastdiff.bench.gpu_tests import read_junit, read_log
 from fastdiff.bench.loop import cloned_deepcopy, shared
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.words import NEEDS_CUDA

@@ -11,7 +11,8 @@ import torch
 
 from fastdiff.bench import gpu_suite
 from fastdiff.bench.gpu import cells_of
-from fastdiff.bench.gpu_cells import GRAPH_ARMS, MEASURES, Settings
+from fastdiff.bench.gpu_cells import GRAPH_ARMS, MEASURES
+from fastdiff.bench.gpu_settings import Settings
 from fastdiff.bench.gpu_suite import ARMS, NEEDS, NULL_ARMS, TIERS, load, parse
 from fastdiff.bench.suite import find
 from fastdiff.models.geometries import GEOMETRIES
