@@ -493,9 +493,8 @@ class Session:
         """An independent copy of the slot's request as it now stands, generator included; the slot runs on."""
         occupant = self._occupant(slot)
         copied = occupant.state.fork()
-        if occupant.before is not None and copied.generator is not None:
-            copied.generator.set_state(occupant.before)
-            self._draw(copied.generator, occupant, occupant.drawn_from, occupant.row)  # the rows that have run
+        if copied.generator is not None:
+            self._wind(copied.generator, occupant)
         return replace(copied, latents=self._slots.read(slot, occupant.table.memory), row=occupant.row)
 
     def cancel(self, slot: int) -> None:
@@ -544,14 +543,21 @@ class Session:
 
     def _draw_ahead(self, slot: int, occupant: _Occupant) -> None:
         """Fill the slot's ring with the noise of the coming rows, in diffusers' order, and keep the way back."""
-        needed = min(occupant.row + self._steps.rows_per_call, occupant.end)
-        if occupant.generator is None or occupant.drawn_to >= needed:
+        if occupant.generator is None or occupant.drawn_to >= occupant.after(self._steps.rows_per_call):
             return
+        if occupant.drawn_to > occupant.row:  # the last call ended at the boundary, short of what was drawn for it
+            self._wind(occupant.generator, occupant)
         occupant.before = occupant.generator.get_state()
         occupant.drawn_from = occupant.row
         occupant.drawn_to = min(occupant.row + self._plan.ring_depth, occupant.end)
         noise = self._draw(occupant.generator, occupant, occupant.drawn_from, occupant.drawn_to)
         self._slots.put_noise(slot, occupant.row, noise)
+
+    def _wind(self, generator: torch.Generator, occupant: _Occupant) -> None:
+        """Set a copy of the occupant's generator to the row to run next."""
+        if occupant.before is not None:
+            generator.set_state(occupant.before)
+            self._draw(generator, occupant, occupant.drawn_from, occupant.row)
 
     def _draw(self, generator: torch.Generator, occupant: _Occupant, start: int, end: int) -> Tensor:
         draws = occupant.table.draws[start:end]

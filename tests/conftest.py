@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from fastdiff.capture import Steps
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
 
@@ -58,6 +59,19 @@ def toy_model(sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tenso
     """A denoiser without weights: smooth, per sample, dependent on everything that it is given."""
     scale = (timestep / 1000 + 0.1 * guidance).view(-1, *[1] * (sample.ndim - 1))
     return torch.sin(sample.float()) * scale + 0.1 * torch.tanh(sample.float())
+
+
+class Unrolled(Steps):
+    """What a loop graph does, uncaptured: the eager step, `unroll` times a call."""
+
+    def __init__(self, runtime: fastdiff.Runtime) -> None:
+        super().__init__(runtime.family.denoisers, runtime.slots)
+        self.rows_per_call = runtime.plan.unroll
+
+    def __call__(self, count: int, segment: int = 0) -> None:
+        """Advance `unroll` rows."""
+        for _ in range(self.rows_per_call):
+            super().__call__(count, segment)
 
 
 @pytest.fixture(scope="session")

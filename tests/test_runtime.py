@@ -29,9 +29,11 @@ from fastdiff import (
     StaleGraph,
     stages,
 )
+from fastdiff.capture import Steps
 from fastdiff.noise import copy_generator
 from fastdiff.runtime import _Occupant
 from fastdiff.stages import scheduler_of
+from tests.conftest import Unrolled
 
 MIXED = [
     Request(prompt="a handwritten one", steps=4, guidance_scale=3.0, seed=1, scheduler="Euler"),
@@ -423,6 +425,18 @@ def test_noise_drawn_row_by_row_is_the_noise_drawn_for_a_whole_run(pipe: Any, ru
                 torch.testing.assert_close(finished.prepared[1], session.fork(slot).prepared[1])
 
 
+@pytest.mark.parametrize("ring_bytes", [0, 32 * 2**20])
+@pytest.mark.parametrize("unroll", [2, 4])
+def test_several_rows_a_call_are_as_many_calls(pipe: Any, runtime: Runtime, unroll: int, ring_bytes: int) -> None:
+    """Tables of 3 to 7 rows, with noise and without: those that end within a call are held until it is over."""
+    own = Runtime(pipe, max_batch=4, memory=6, unroll=unroll, ring_bytes=ring_bytes, certify=False)
+    own.steps = Unrolled(own)
+    assert own.plan.ring_depth == (own.plan.rows if ring_bytes else unroll)
+    for unrolled, alone in zip(own.generate(MIXED), runtime.generate(MIXED), strict=True):
+        assert unrolled.rows == alone.rows
+        torch.testing.assert_close(unrolled.latents, alone.latents, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheduler", ["UniPCMultistep", "EulerAncestral"])
 def test_a_fork_is_independent_and_runs_on_as_its_origin_does(
     session: Session, runtime: Runtime, scheduler: str
@@ -531,6 +545,23 @@ def test_a_stale_model_stops_the_step_and_loses_no_request(pipe: Any) -> None:
         pipe.unet.conv_in.weight = weight
     assert taken.row == 0
     assert torch.equal(taken.prepared[1], state.prepared[1])
+
+
+def test_the_model_is_looked_at_once_for_each_step_after_an_addition(session: Session, runtime: Runtime) -> None:
+    """Not in every row: it looks at every module. What `check` does when it is called, the tests of weights say."""
+    looked: list[int] = []
+    watched = Steps(runtime.family.denoisers, runtime.slots)
+    watched.check = lambda: looked.append(len(looked))  # type: ignore[method-assign]
+    session._steps = watched
+    for request in MIXED[:2]:
+        session.add(runtime.prepare(request))
+    for _ in range(3):
+        session.step()
+    assert len(looked) == 1
+    session.add(runtime.prepare(MIXED[2]))
+    for _ in range(3):
+        session.step()
+    assert len(looked) == 2
 
 
 def test_a_table_from_any_scheduler_object_is_served(pipe: Any, runtime: Runtime) -> None:

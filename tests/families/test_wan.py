@@ -19,6 +19,7 @@ from fastdiff.audit import audit
 from fastdiff.families.wan import Wan
 from fastdiff.plan import CapturePlan, TensorSpec
 from fastdiff.slots import Slots
+from tests.conftest import Unrolled
 from tests.families.tiny import WORDS, image_of_diffusers, images_of, relative_error
 from tests.families.tiny_pipelines import PIPELINES, shared, sizes_of
 
@@ -179,6 +180,29 @@ def test_a_request_is_saved_on_either_side_of_the_boundary_and_resumes(
         while len(session.step()) < 2:
             pass
         torch.testing.assert_close(session.take(resumed).sample, session.take(slot).sample)
+
+
+@pytest.mark.parametrize("unroll", [2, 3, 4])
+def test_a_call_of_several_rows_that_ends_at_the_boundary_leaves_the_noise_in_order(two: Any, unroll: int) -> None:
+    """Noise is drawn for whole calls; one that the boundary cuts short has drawn for rows that are yet to run."""
+    noisy = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    own = Runtime(two, max_batch=1, unroll=unroll, ring_bytes=0, certify=False, **SIZES)
+    own.steps = Unrolled(own)
+    assert own.plan.ring_depth == unroll
+    boundaries = set()
+    for steps in range(4, 12):
+        state = own.prepare(ask(0, scheduler=noisy, steps=steps))
+        boundaries.add(own.family.boundary(state.prepared[0]) % unroll)
+        expected = stages.denoise(own.family, state)
+        with own.session() as session:
+            slot = session.add(state)
+            forks = [session.fork(slot)]
+            while not session.step():
+                forks.append(session.fork(slot))
+            forks.append(session.take(slot))
+        for fork in forks:  # each with the generator of its own row
+            assert relative_error(stages.denoise(own.family, fork).sample, expected.sample) <= 1e-4
+    assert boundaries == set(range(unroll))
 
 
 def test_both_experts_are_safe_to_capture_and_treat_every_slot_apart(runtime: Runtime) -> None:
