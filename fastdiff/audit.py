@@ -40,13 +40,13 @@ _ADVICE: dict[Kind, str] = {
     "torch.where instead",
     "random draw": "a graph's draws are not the request's own: draw ahead into the slot's noise",
     "frozen scalar": "this number differs between two steps, and a graph keeps the first: pass it as a static tensor",
-    "frozen branch": "Python ran other operations in another step, and a graph keeps the first: compute both sides and "
-    "choose with torch.where",
+    "frozen branch": "Python ran other operations in another step from here on, and a graph keeps the first: compute "
+    "both sides and choose with torch.where; what follows was not compared",
     "rebound tensor": "a static tensor was replaced by another, whose address no graph knows: write into it with copy_",
     "carried tensor": "a tensor that an earlier step made is used in this one, and a graph keeps its first address: "
     "keep it in a buffer and write into it with copy_",
-    "row coupling": "what one slot gets depends on what its neighbours hold: serve it with max_batch=1, or take the "
-    "statistics over each sample alone",
+    "row coupling": "what one slot gets depends on what its neighbours hold, first of all here: serve it with "
+    "max_batch=1, or take the statistics over each sample alone",
 }
 
 
@@ -262,6 +262,8 @@ class _Couplings(_StepDevice):
         for tensor in tree_iter(operation.output):
             if isinstance(tensor, DeviceTensor):
                 own, *others = tensor.worlds
+                if all(_is_same(own, other) for other in others):  # a weight, or a view of one
+                    continue
                 by_first_1, by_first_2, by_rest_1, by_rest_2 = (_changed(own, other) for other in others)
                 if ((by_first_1 | by_first_2) & (by_rest_1 | by_rest_2)).any():
                     self._first = [_Fault("row coupling", str(operation.func), *_place()).finding()]
@@ -319,6 +321,10 @@ def randomize(batch: Batch, seed: int) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         else:
             tensor.copy_(whole(2, tensor.shape))  # 0 and 1 are valid labels, tokens and mask entries in any model
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _changed(before: Tensor, after: Tensor) -> Tensor:
