@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
@@ -80,14 +79,14 @@ class Request:
             raise ValueError(f"class_label: expected an integer or a word, got {self.class_label!r}")
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ValueError("expected at most one of negative_prompt and negative_prompt_embeds")
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+        if self.steps is not None and (not _is_integer(self.steps) or self.steps < 1):
             raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("expected at most one of timesteps and sigmas")
         for name in ("guidance_scale", "guidance_scale_2"):
             scale = getattr(self, name)
-            if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-                raise ValueError(f"{name}: expected a finite number, got {scale!r}")
+            if scale is not None and not is_scale(scale):
+                raise ValueError(f"{name}: expected a finite number of float32, got {scale!r}")
         for pooled in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
             embeds = pooled.replace("pooled_", "")
             if getattr(self, pooled) is not None and getattr(self, embeds) is None:
@@ -95,7 +94,7 @@ class Request:
         phi = self.guidance_rescale
         if phi is not None and not (isinstance(phi, (int, float)) and 0 <= phi <= 1):
             raise ValueError(f"guidance_rescale: expected a number from 0 to 1, got {self.guidance_rescale!r}")
-        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+        if not _is_integer(self.seed) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected a 64-bit integer, got {self.seed!r}")
 
     def check_tensors(self, room: str, **shapes: tuple[int, ...]) -> None:
@@ -123,6 +122,15 @@ class Request:
             return {"num_inference_steps": self.steps or 50, **self.scheduler_options}
         named = {"num_inference_steps": self.steps, "timesteps": self.timesteps, "sigmas": self.sigmas}
         return {key: value for key, value in named.items() if value is not None} | dict(self.scheduler_options)
+
+
+def is_scale(value: Any) -> bool:
+    """Whether `value` can be a guidance scale, which a row holds in float32."""
+    return isinstance(value, (int, float)) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections import Counter, deque
@@ -24,7 +23,7 @@ from fastdiff.isolation import Certificate, certify
 from fastdiff.noise import copy_generator, run_noise
 from fastdiff.plan import CapturePlan
 from fastdiff.profile import Choice, Profile, choose, profile_step
-from fastdiff.request import Request, Result
+from fastdiff.request import Request, Result, is_scale
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
@@ -84,6 +83,7 @@ class Runtime:
         if mode not in (modes := (*get_args(Mode), "auto")):
             raise ValueError(f"mode: expected one of {', '.join(modes)}, got {mode!r}")
         self.family: Family = family_of(pipe, height, width, num_frames, max_sequence_length)
+        self._parts = [_Part(pipe, name) for name in vars(pipe) if _is_one_of(getattr(pipe, name), self.family.models)]
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
@@ -186,6 +186,11 @@ class Runtime:
         if not hasattr(self, "slots"):
             raise RuntimeError("this runtime was closed; build another")
 
+    def _check_model(self) -> None:
+        self._check_open()
+        for part in self._parts:
+            part.check()
+
     def supports(self, request: Request) -> str | None:
         """None if `generate` would take the request, else the reason why not. No model work."""
         try:
@@ -240,8 +245,8 @@ class Runtime:
             raise ValueError("latents: expected at least one latent, got none")
         tables = _each("table", table if isinstance(table, Sequence) else [table] * count, count, StepTable)
         scales = _each("guidance", guidance if isinstance(guidance, Sequence) else [guidance] * count, count, float)
-        if not all(map(math.isfinite, scales)):
-            raise ValueError(f"guidance: expected finite numbers, got {scales}")
+        if not all(map(is_scale, scales)):
+            raise ValueError(f"guidance: expected finite numbers of float32, got {scales}")
         draws = [None] * count if generators is None else _each("generators", generators, count, torch.Generator)
         for name, tensor in {"latents": latents, **conditioning}.items():
             if not isinstance(tensor, Tensor):
@@ -271,7 +276,7 @@ class Runtime:
     def _check(self, request: Request) -> None:
         if not isinstance(request, Request):
             raise TypeError(f"expected a fastdiff.Request, got {type(request).__name__}")
-        self._check_open()
+        self._check_model()
         if request.guidance_scale_2 is not None and self.plan.segments == 1:
             raise ValueError("guidance_scale_2: expected none: this pipeline has one model for all rows; leave it out")
         self.family.check(request)
@@ -312,14 +317,45 @@ class Runtime:
         return [finished[index] for index in range(len(states))]
 
     def _result(self, request: Request, state: RequestState) -> Result:
-        error = None
+        error: Exception | None = None
         if not torch.isfinite(state.sample).all():
             error = NumericalError(f"seed {request.seed}: the sample is not finite after {state.row} rows")
         else:
-            state = stages.decode(self.family, state)
+            try:
+                state = stages.decode(self.family, state)
+            except Exception as raised:  # whatever an autoencoder raises for one image; the others are still to come
+                error = raised
         return Result(
             request=request, latents=state.sample, image=state.image, rows=state.row, mode=self.steps.mode, error=error
         )
+
+
+class _Part:
+    """A pipeline's model as a runtime found it: its static memory, and the denoiser, are made for that one."""
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        self._pipe, self._name, self._model = pipe, name, getattr(pipe, name)
+        self._place = self._now()
+
+    def _now(self) -> str | None:
+        weight = next(self._model.parameters())
+        return None if hasattr(self._model, "_hf_hook") else f"{weight.dtype} on {weight.device}"  # which moves it
+
+    def check(self) -> None:
+        """Raise PlanMismatch if the pipeline has another model by now, or this one in another place."""
+        name = self._name
+        if getattr(self._pipe, name, None) is not self._model:
+            raise PlanMismatch(
+                f"expected the {name} that this runtime was built with, got another; build a new runtime"
+            )
+        if self._now() != self._place:
+            raise PlanMismatch(
+                f"expected the {name} in {self._place}, as this runtime was built, got {self._now()}; build a new one"
+            )
+
+
+def _is_one_of(value: Any, models: Sequence[torch.nn.Module]) -> bool:
+    return any(value is model for model in models)
 
 
 def _each(name: str, values: Any, count: int, kind: type) -> list[Any]:
@@ -375,7 +411,8 @@ def _plan_for(
 class _Occupant:
     """The host's view of one slot: what was loaded, and how far it and its noise have come."""
 
-    state: RequestState  # as loaded; the slot has the latents since
+    state: RequestState  # as loaded, but for its latents and conditioning, which the slot has since
+    table: StepTable
     row: int
     end: int  # rows of the table
     boundary: int  # of them in the first segment
@@ -383,10 +420,6 @@ class _Occupant:
     drawn_from: int  # the first row of the noise in the ring
     drawn_to: int  # and the row after its last
     before: Tensor | None = None  # the generator's state before that noise was drawn
-
-    @property
-    def table(self) -> StepTable:
-        return self.state.prepared[0]
 
     @property
     def segment(self) -> int:
@@ -449,38 +482,40 @@ class Session:
         table, _ = state.prepared
         self._check_fits(state, table)
         slot = min(set(range(self._plan.max_batch)) - self._occupants.keys())
+        kept = replace(state, latents=None, conditioning={}).fork()  # the caller's own may change
         generator = None
         if any(table.draws[state.row :]):
-            if state.generator is None:
+            if kept.generator is None:
                 raise ValueError(f"{table.source} draws noise: the state needs a generator")
-            generator = copy_generator(state.generator)
+            generator = copy_generator(kept.generator)
         boundary = self._family.boundary(table)
         with torch.no_grad():  # a host's latents or embeddings may want gradients; static memory must not
             self._slots.load(slot, state, boundary)
-        self._occupants[slot] = _Occupant(state, state.row, len(table), boundary, generator, state.row, state.row)
+        self._occupants[slot] = _Occupant(kept, table, state.row, len(table), boundary, generator, state.row, state.row)
         self._new = True
         return slot
 
     def step(self) -> list[int]:
         """Advance every unfinished slot by one row, in mode "loop-graph" by as many as a graph holds.
 
-        Returns the finished slots that wait to be taken, in rising order. The first step after an `add` raises
-        StaleGraph, and advances nothing, if the model is no longer what was compiled or captured; the requests can be
-        taken as they are.
+        Returns the finished slots that wait to be taken, in rising order. The first step after an `add` advances
+        nothing and raises StaleGraph if the model is no longer what was compiled or captured, PlanMismatch if the
+        pipeline has another by now; the requests can be taken as they are.
         """
-        self._check_open()
+        runtime = self._check_open()
         if self._new:
+            runtime._check_model()
             self._steps.check()  # once for all that were added: it looks at every module of the model
             self._new = False
         running = {slot: one for slot, one in self._occupants.items() if one.row < one.end}
         for slot, occupant in running.items():
             self._draw_ahead(slot, occupant)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is compiled or captured is so for either host
             for segment in reversed(range(self._plan.segments)):  # or a slot at the boundary would go on in the second
                 if members := [slot for slot, one in running.items() if one.segment == segment]:
                     self._steps(max(members) + 1, segment)
-        for occupant in running.values():
-            occupant.row = occupant.after(self._steps.rows_per_call)
+                    for slot in members:  # at once: should the other segment raise, these have run
+                        running[slot].row = running[slot].after(self._steps.rows_per_call)
         return sorted(slot for slot, one in self._occupants.items() if one.row == one.end)
 
     def take(self, slot: int) -> RequestState:
@@ -495,7 +530,8 @@ class Session:
         copied = occupant.state.fork()
         if copied.generator is not None:
             self._wind(copied.generator, occupant)
-        return replace(copied, latents=self._slots.read(slot, occupant.table.memory), row=occupant.row)
+        latents, conditioning = self._slots.read(slot, occupant.table.memory), self._slots.conditioning(slot)
+        return replace(copied, latents=latents, conditioning=conditioning, row=occupant.row)
 
     def cancel(self, slot: int) -> None:
         """Free the slot; its request is lost."""
@@ -577,8 +613,9 @@ class Session:
             raise ValueError(f"slot: expected one of {sorted(self._occupants)}, got {slot}")
         return self._occupants[slot]
 
-    def _check_open(self) -> None:
+    def _check_open(self) -> Runtime:
         if self._runtime is None:
             raise RuntimeError("this session is closed; open another with runtime.session()")
         if self._runtime._holder != threading.get_ident():
             raise RuntimeError("this session belongs to the thread that opened it: use it there, or open another here")
+        return self._runtime

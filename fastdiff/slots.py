@@ -65,6 +65,7 @@ class Batch(NamedTuple):
             return self.static.latents
         return tuple(latent for plane in self.planes for latent in plane[:, :, None].unbind(1))
 
+    @torch.inference_mode(False)
     def with_views(self) -> Batch:
         """The same batch with the views of a step made beforehand.
 
@@ -103,6 +104,7 @@ class Slots:
     place, which it cannot where they share one. An eager step wants them in one, for a Kth of the operations.
     """
 
+    @torch.inference_mode(False)  # no step outside of it could write into tensors that were made within
     def __init__(self, plan: CapturePlan, device: torch.device | str, *, planar: bool = False) -> None:
         self.plan, self.device = plan, torch.device(device)
         slots, layout, P = plan.max_batch, plan.layout, plan.latent_numel
@@ -216,6 +218,10 @@ class Slots:
         """A copy of the slot's latents [K, C, H, W]."""
         latents = torch.cat(self._places[slot].planes)[:memory]  # a copy, of one plane too
         return latents.view(memory, *self.plan.latent_shape)
+
+    def conditioning(self, slot: int) -> dict[str, Tensor]:
+        """A copy of the slot's conditioning, [...] each."""
+        return {name: tensor.clone() for name, tensor in self._places[slot].conditioning.items()}
 
     def park(self, slot: int) -> None:
         """Stop the slot where it is: steps pass it by until the next load."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from fastdiff.capture import Steps
 from fastdiff.noise import copy_generator
 from fastdiff.runtime import _Occupant
 from fastdiff.stages import scheduler_of
-from tests.conftest import Unrolled
+from tests.conftest import Unrolled, table
 
 MIXED = [
     Request(prompt="a handwritten one", steps=4, guidance_scale=3.0, seed=1, scheduler="Euler"),
@@ -153,6 +154,47 @@ def test_an_image_that_is_not_finite_is_that_results_error_and_no_others(runtime
     assert together[1].image is None
     assert together[0].error is None
     assert torch.equal(together[0].latents, alone[0].latents)
+
+
+def test_an_image_that_cannot_be_decoded_is_that_results_error_and_no_others(pipe: Any) -> None:
+    calls: list[int] = []
+
+    def second_fails(*_: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room for an image")
+
+    own = Runtime(pipe, max_batch=2, certify=False)
+    before = pipe.vae.decoder.register_forward_pre_hook(second_fails)
+    try:
+        results = own.generate(MIXED[:3])
+    finally:
+        before.remove()
+    assert [result.image is None for result in results] == [False, True, False]
+    with pytest.raises(torch.OutOfMemoryError, match="no room for an image"):
+        results[1].to_pil()
+    assert torch.equal(results[1].latents, own.generate(MIXED[:3])[1].latents)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])  # nothing is compiled: it is looked at before
+def test_another_model_in_the_pipeline_is_refused(mode: Any) -> None:
+    own = fastdiff.models.digits()
+    served, request = Runtime(own, max_batch=1, mode=mode), Request(prompt="a handwritten two", steps=2)
+    state, former = served.prepare(request), own.unet
+    own.unet = copy.deepcopy(former)
+    with pytest.raises(PlanMismatch, match=r"expected the unet that this runtime was built with, got another; build"):
+        served.generate([request])
+    assert "expected the unet" in str(served.supports(request))
+    with served.session() as session:
+        slot = session.add(state)
+        with pytest.raises(PlanMismatch, match="expected the unet"):
+            session.step()
+        assert session.take(slot).row == 0
+    own.unet = former
+    assert served.supports(request) is None
+    own.unet.to(torch.bfloat16)
+    with pytest.raises(PlanMismatch, match=r"expected the unet in torch.float32 on cpu, .* got torch.bfloat16 on cpu"):
+        served.generate([request])
 
 
 def test_bad_constructor_arguments_are_refused(pipe: Any) -> None:
@@ -299,7 +341,7 @@ def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"guidance": float("nan")}, ValueError, "guidance: expected finite numbers, got"),
+        ({"guidance": float("nan")}, ValueError, "guidance: expected finite numbers of float32, got"),
         ({"guidance": torch.tensor(3.0)}, TypeError, "guidance: expected a float for each latent, got Tensor"),
         ({"guidance": [None]}, TypeError, "guidance: expected a float for each latent, got NoneType"),
         ({"guidance": "3"}, TypeError, "guidance: expected a float for each latent, got str"),
@@ -451,6 +493,43 @@ def test_a_fork_is_independent_and_runs_on_as_its_origin_does(
     assert torch.equal(finish(session, session.add(forked)).prepared[1], whole.prepared[1])
 
 
+@pytest.mark.parametrize("what", ["generator", "guidance_scale", "conditioning", "row", "latents"])
+def test_a_session_keeps_nothing_of_the_callers_state(session: Session, runtime: Runtime, what: str) -> None:
+    state = runtime.prepare(Request(prompt="a handwritten two", steps=5, seed=2, scheduler="EulerAncestral"))
+    expected = stages.denoise(runtime.family, state).prepared[1]
+    slot = session.add(state)
+    session.step()
+    if what == "generator":
+        assert state.generator is not None
+        torch.randn(5, generator=state.generator)
+    elif what == "guidance_scale":
+        state.guidance_scale = 9.0
+    elif what == "row":
+        state.row = 3
+    else:
+        for tensor in (state.prepared[1], *state.conditioning.values()):
+            tensor.zero_()
+    forked = session.fork(slot)
+    for own in (finish(session, slot), stages.denoise(runtime.family, forked)):
+        torch.testing.assert_close(own.prepared[1], expected)
+
+
+@pytest.mark.parametrize("built_in", [True, False])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_runtime_serves_hosts_in_inference_mode_and_others(pipe: Any, mode: bool, built_in: bool) -> None:
+    request = Request(prompt="a handwritten two", steps=3, scheduler="EulerAncestral")
+    with torch.inference_mode(built_in):
+        own = Runtime(pipe, max_batch=2)
+    with torch.inference_mode(mode):
+        one = own.generate([request])[0].latents
+        with ThreadPoolExecutor(1) as elsewhere:  # the mode is a thread's own
+            two = elsewhere.submit(lambda: own.generate([request])[0].latents).result()
+    with torch.inference_mode(not mode):
+        three = own.generate([request])[0].latents
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
 def test_a_request_is_bitwise_the_same_whatever_runs_beside_it(session: Session, runtime: Runtime) -> None:
     """Same slot, same batch size; the neighbours' contents change, to NaN at the worst."""
     request = Request(prompt="a handwritten three", steps=5, seed=4, scheduler="DPMSolverMultistep")
@@ -597,7 +676,8 @@ def test_compiled_images_are_the_eager_ones(pipe: Any, runtime: Runtime) -> None
 
 def test_a_call_of_several_rows_ends_with_its_segment() -> None:
     """What a loop graph of four rows makes of a slot of ten rows, six of them in the first segment."""
-    one = _Occupant(RequestState(request=None), row=0, end=10, boundary=6, generator=None, drawn_from=0, drawn_to=0)
+    state, own = RequestState(request=None), table("EulerDiscreteScheduler")
+    one = _Occupant(state, own, row=0, end=10, boundary=6, generator=None, drawn_from=0, drawn_to=0)
     rows = []
     while one.row < one.end:
         rows.append((one.segment, one.row))

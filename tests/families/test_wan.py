@@ -205,6 +205,37 @@ def test_a_call_of_several_rows_that_ends_at_the_boundary_leaves_the_noise_in_or
     assert boundaries == set(range(unroll))
 
 
+def test_where_one_expert_raises_the_others_rows_have_run(two: Any) -> None:
+    """A transient error in the first: the second's slot is a row further, on the host as on the device."""
+    noisy = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    own = Runtime(two, max_batch=2, ring_bytes=0, certify=False, **SIZES)
+    late, early = (own.prepare(ask(i, scheduler=noisy, steps=8)) for i in range(2))
+    expected = [stages.denoise(own.family, state).sample for state in (late, early)]
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("for once")
+
+    with own.session() as session:
+        slots = [session.add(late)]
+        for _ in range(own.family.boundary(late.prepared[0])):
+            session.step()
+        slots.append(session.add(early))
+        before = two.transformer.register_forward_pre_hook(fails)
+        try:
+            with pytest.raises(torch.OutOfMemoryError, match="for once"):
+                session.step()
+        finally:
+            before.remove()
+        forks = [session.fork(slot) for slot in slots]
+        assert forks[0].row > own.family.boundary(late.prepared[0])
+        assert forks[1].row == 0
+        while len(session.step()) < 2:
+            pass
+        for slot, fork, right in zip(slots, forks, expected, strict=True):
+            assert relative_error(session.take(slot).sample, right) <= 1e-4
+            assert relative_error(stages.denoise(own.family, fork).sample, right) <= 1e-4
+
+
 def test_both_experts_are_safe_to_capture_and_treat_every_slot_apart(runtime: Runtime) -> None:
     plan = replace(runtime.plan, batch_sizes=(2,), rows=5, segments=1)
     for denoiser, model in zip(runtime.family.denoisers, runtime.family.models, strict=True):
