@@ -200,12 +200,22 @@ def _subclass(cls: Any, acceleration: Acceleration) -> Any:
             for pipe in list(acceleration.calls):  # setting it from outside stops what is in flight
                 vars(pipe)[name] = value
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A copy, and what is pickled, is of the class that pickle finds by its name."""
+        return object.__new__, (cls,), *cls.__reduce_ex__(self, protocol)[2:]
+
     encoders = {
         name: _one_at_a_time(method)
         for name in dir(cls)
         if "prompt" in name and isinstance(method := inspect.getattr_static(cls, name), FunctionType)
     }
-    own = {"__call__": call, "__setattr__": set_attribute, "_acceleration": acceleration, "__slots__": ()}
+    own = {
+        "__call__": call,
+        "__setattr__": set_attribute,
+        "__reduce_ex__": reduce,
+        "_acceleration": acceleration,
+        "__slots__": (),
+    }
     own |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), encoders | own)
 

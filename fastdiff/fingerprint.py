@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
-_SET_BY_SET_TIMESTEPS = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index"})
+_NUMBERS = (int, float, str)
+_LEFT_OUT = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index", "_internal_dict"})
+"""What set_timesteps writes anew, and the config, which is looked at by itself."""
 
 
 class _Content(NamedTuple):
@@ -37,6 +40,10 @@ def freeze(value: Any) -> Hashable:
         return tuple([(key, freeze(item)) for key, item in value.items()])
     if isinstance(value, (list, tuple)):
         return kind, *map(freeze, value)
+    if kind is FunctionType:  # two schedulers of a class may each have made their own of one line
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        bound = value.__defaults__, value.__kwdefaults__, cells
+        return kind, value.__code__, id(value.__globals__), *map(freeze, bound)
     return (kind, value) if isinstance(value, Hashable) else repr(value)
 
 
@@ -54,13 +61,15 @@ class Fingerprint:
 
 
 def fingerprint(scheduler: Any) -> Fingerprint:
-    """Class, config items, scalars and the tables edited after construction.
+    """Class, config items, and whatever numbers, tables and functions its attributes hold.
 
     What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
     """
     seen = _seen.get(scheduler)
     if seen is None or not seen.unchanged(scheduler):
-        seen = _seen[scheduler] = _Seen(scheduler)
+        seen = _Seen(scheduler)
+        if not seen.holds_its_scheduler:  # which then would stay in the dictionary for ever
+            _seen[scheduler] = seen
     return seen.key
 
 
@@ -95,6 +104,9 @@ class _Seen:
                 tuple(attributes.items()),
             )
         )
+        self.holds_its_scheduler = any(
+            getattr(value, "__self__", None) is scheduler for value in self._attributes.values()
+        )
         # Everything that can change while it stays the same object. A config's own items cannot: it is a FrozenDict.
         self._mutable = [(value, frozen) for value, frozen in config.values() if type(value) not in _SCALARS]
         self._watched: list[_Watched] = []
@@ -123,9 +135,21 @@ class _Seen:
 
 
 def _counts(key: str, value: Any) -> bool:
-    """Whether rows depend on this attribute of a scheduler."""
-    return key not in _SET_BY_SET_TIMESTEPS and (
-        type(value) in _SCALARS or (isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2)
+    """Whether rows may depend on this attribute of a scheduler; the latents that a run leaves in it do not count."""
+    if key in _LEFT_OUT:
+        return False
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim < 2
+    return type(value) in _SCALARS or callable(value) or _is_of_numbers(value)
+
+
+def _is_of_numbers(value: Any) -> bool:
+    """A list or mapping of numbers and words, one at least, and of nothing else."""
+    items = value.values() if isinstance(value, dict) else value
+    return (
+        isinstance(value, (list, tuple, dict))
+        and bool(items)
+        and all(isinstance(item, _NUMBERS) or _is_of_numbers(item) for item in items)
     )
 
 

@@ -8,7 +8,10 @@ policy, a count of the leases in flight, and a third kind of owner that costs no
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
+from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -22,6 +25,7 @@ Policy = Literal["auto", "reuse", "isolate"]
 
 _in_flight: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_dropped: deque[weakref.ref[Any]] = deque()  # templates of dropped leases: a finalizer may not wait for the lock
 
 
 def acquire(
@@ -48,6 +52,10 @@ def acquire(
         check_scheduler(template)
     except NotLinear:
         isolated = "cloned"
+    with suppress(IndexError):
+        while True:
+            if (dropped := _dropped.popleft()()) is not None:
+                _give_back(dropped)
     with _lock:
         others = _in_flight.get(template, 0)
         if policy == "reuse" and (others or outlives):
@@ -77,12 +85,14 @@ def _give_back(template: Any) -> None:
 class Lease:
     """One request's hold on a scheduler, given back once: by `release`, or on leaving the `with` block."""
 
+    _template: Any = None
+
     def __init__(self, template: Any, ownership: Ownership) -> None:
         self.ownership = ownership
-        self._template: Any = template
         self._scheduler = {"shared": lambda: template, "cloned": lambda: pristine(template)}.get(
             ownership, lambda: None
         )()
+        self._template = template
 
     @property
     def scheduler(self) -> Any:
@@ -104,6 +114,12 @@ class Lease:
         template, self._template, self._scheduler = self._template, None, None
         if template is not None:
             _give_back(template)
+
+    def __del__(self) -> None:
+        """Give back what nobody gave back."""
+        if self._template is not None:
+            _dropped.append(weakref.ref(self._template))
+            warnings.warn("a lease was dropped: release it, or use it in a `with` block", ResourceWarning, 2, self)
 
     def _check_held(self) -> None:
         if self._template is None:

@@ -24,12 +24,15 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     to each of `timesteps` (as FastVideo's and SGLang's DMD stages look it up); the last row ends at x0 itself.
     One draw a row but the last. The scheduler is never changed.
 
-    Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall.
+    Raises NotLinear where the scheduler tells no x0, ValueError for timesteps that do not fall or are none of its own.
     """
     check_scheduler(scheduler)
     times = [float(t) for t in timesteps]
     if not times or any(later >= earlier for earlier, later in pairwise(times)):
         raise ValueError(f"timesteps: expected a falling sequence of at least one, got {times}")
+    most = int(scheduler.config.num_train_timesteps)
+    if not all(0 <= t <= most for t in times):
+        raise ValueError(f"timesteps: expected numbers from 0 to {most}, num_train_timesteps, got {times}")
     key = (fingerprint(scheduler), "renoise", tuple(times))
     return table_cache.get(key, lambda: _renoise(scheduler, times))
 

@@ -94,18 +94,19 @@ def table_of(family: Family, request: Request) -> StepTable:
 
 
 def scheduler_of(template: Any, wanted: Any) -> Any:
-    """`wanted` if it is a scheduler, `template` if None; a name is made from the template's config, once."""
+    """`wanted` if it is a scheduler, `template` if None; a name is made from the template's config, once for each."""
     if wanted is None:
         return template
     if not isinstance(wanted, str):
         return wanted
     named = _named.setdefault(template, {})
-    if wanted not in named:
-        named[wanted] = scheduler_class(wanted).from_config(template.config)
-    return named[wanted]
+    config, made = named.get(wanted, (None, None))
+    if config is not template.config:  # which register_to_config replaces
+        config, made = named[wanted] = template.config, scheduler_class(wanted).from_config(template.config)
+    return made
 
 
-_named: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_named: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
 def scheduler_class(name: str) -> Any:

@@ -96,6 +96,9 @@ class StepTable:
     @cached_property
     def digest(self) -> str:
         """sha256 over timesteps, rows and draws: two equal digests sample alike."""
+        return self._hashed()
+
+    def _hashed(self) -> str:
         content = hashlib.sha256(json.dumps(self._metadata(), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             content.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -169,6 +172,11 @@ class StepTable:
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata of a safetensors file, for those who write more beside them."""
+        if self._hashed() != self.digest:
+            raise ValueError(
+                f"{self.source}: this table was written into, and others who asked for the same have it too; clone a "
+                "tensor before you change it, and tabulate anew after table_cache.clear()"
+            )
         return self._tensors(), {**self._metadata(), "digest": self.digest}
 
     @classmethod

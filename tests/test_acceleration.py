@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -347,9 +348,10 @@ def test_it_is_the_pipeline_that_it_was(own: Any, tmp_path: Path) -> None:
         assert [name for name, value in own.components.items() if value is not components[name]] == ["scheduler"]
         own.save_pretrained(tmp_path)
         expected = image(own)
-        copied = copy.deepcopy(own)
-        assert torch.equal(image(copied), expected)
-        assert copied.unet is not own.unet
+        for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+            assert torch.equal(image(copied), expected)
+            assert copied.unet is not own.unet
+            assert type(copied) is cls
         fastdiff.accelerate(copied).restore()
         assert type(copied) is cls
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +65,21 @@ def _list_in_config(scheduler: Any) -> None:
     scheduler.config["disable_corrector"].append(2)
 
 
+def _numbers(scheduler: Any) -> None:
+    scheduler.gains = [1.0, 0.5]
+
+
+def _mapping(scheduler: Any) -> None:
+    scheduler.gains = {"first": (1.0, 2), "last": 0.5}
+
+
+def _function(scheduler: Any) -> None:
+    scheduler.convert_model_output = lambda model_output, sample: model_output
+
+
 CHANGES = (
     _in_place, _through_data, _through_numpy, _other_memory, _fewer, _replaced, _scalar, _new_attribute, _deleted,
-    _registered, _list_in_config,
+    _registered, _list_in_config, _numbers, _mapping, _function,
 )  # fmt: skip
 
 
@@ -89,6 +103,31 @@ def test_the_same_change_gives_the_same_fingerprint(change: Callable[[Any], None
     assert fingerprint(one) == fingerprint(other)
     assert hash(fingerprint(one)) == hash(fingerprint(other))
     assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
+
+
+def test_functions_are_told_apart_by_what_they_do() -> None:
+    """Two of one line, over the same values, are the same: each SASolver makes its own."""
+
+    def closure(value: float) -> Any:
+        return lambda t: value
+
+    assert freeze(closure(0.5)) == freeze(closure(0.5))
+    assert freeze(closure(0.5)) != freeze(closure(1.0))
+    assert fingerprint(diffusers.SASolverScheduler()) == fingerprint(diffusers.SASolverScheduler())
+    one = diffusers.SASolverScheduler()
+    before = fastdiff.tabulate(one, 6)
+    one.tau_func = lambda t: 0.0
+    assert fastdiff.tabulate(one, 6) != before
+
+
+def test_a_scheduler_that_holds_a_method_of_its_own_is_let_go() -> None:
+    one = scheduler()
+    one.rescale = one.set_begin_index
+    fingerprint(one)
+    alive = weakref.ref(one)
+    del one
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_prepared_template_is_no_other_scheduler() -> None:

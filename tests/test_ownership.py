@@ -109,6 +109,14 @@ def test_leases_do_not_keep_a_template_alive() -> None:
     assert alive() is None
 
 
+def test_a_dropped_lease_warns_and_is_given_back() -> None:
+    own = template()
+    with pytest.warns(ResourceWarning, match="a lease was dropped: release it"):
+        acquire(own).scheduler.set_timesteps(4)
+    with acquire(own, "reuse") as lease:
+        assert lease.scheduler is own
+
+
 def test_leases_are_counted_right_by_many_threads() -> None:
     own, barrier = template(), threading.Barrier(8)
 

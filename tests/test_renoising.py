@@ -76,6 +76,12 @@ def test_renoise_wants_falling_timesteps(times: list[float]) -> None:
         fastdiff.renoise(diffusers.FlowMatchEulerDiscreteScheduler(), times)
 
 
+@pytest.mark.parametrize("times", [[float("nan")], [5000.0, 500.0], [999.0, -5.0], [float("inf"), 3.0]])
+def test_renoise_wants_timesteps_that_there_are(times: list[float]) -> None:
+    with pytest.raises(ValueError, match="timesteps: expected numbers from 0 to 1000, num_train_timesteps"):
+        fastdiff.renoise(diffusers.FlowMatchEulerDiscreteScheduler(), times)
+
+
 def test_renoise_refuses_a_scheduler_without_x0() -> None:
     with pytest.raises(NotLinear, match=r"PNDMScheduler re-noised is not a table: it tells no x0 .*Use instead"):
         fastdiff.renoise(diffusers.PNDMScheduler(), TIMES)

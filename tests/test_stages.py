@@ -79,6 +79,16 @@ def test_a_prepared_request_keeps_its_table(family: Family) -> None:
     assert stages.schedule(family, other).table is state.table
 
 
+def test_a_named_scheduler_follows_the_templates_config() -> None:
+    template = diffusers.DDIMScheduler(prediction_type="v_prediction")
+    first = stages.scheduler_of(template, "Euler")
+    assert stages.scheduler_of(template, "Euler") is first
+    template.register_to_config(prediction_type="sample")
+    second = stages.scheduler_of(template, "Euler")
+    assert (first.config.prediction_type, second.config.prediction_type) == ("v_prediction", "sample")
+    assert stages.scheduler_of(template, "Euler") is second
+
+
 def test_the_denoise_stage_stops_and_goes_on_where_it_was(family: Family) -> None:
     state = run(family, Request(prompt="x", steps=6, scheduler="UniPC" + "Multistep"), stages.denoise)
     whole = stages.denoise(family, state)

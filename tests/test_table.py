@@ -288,6 +288,19 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
         StepTable.load(saved)
 
 
+def test_a_table_that_was_written_into_is_not_saved(tmp_path: Path) -> None:
+    own = fastdiff.tabulate(diffusers.DDIMScheduler(), 3)
+    kept = own.timesteps.clone()
+    try:
+        own.timesteps.add_(1)
+        with pytest.raises(ValueError, match="DDIMScheduler: this table was written into, and others"):
+            own.save(tmp_path / "table")
+    finally:
+        own.timesteps.copy_(kept)
+    own.save(tmp_path / "table")
+    assert StepTable.load(tmp_path / "table") == own
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{tmp_path}: expected a file that StepTable.save wrote"):
         StepTable.load(tmp_path)

@@ -83,7 +83,7 @@ class Flux(PackedFamily):
                 max_sequence_length=self.text_shape[0],
             )
         embeddings = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-        return {name: tensor[0].to(self.device, self.dtype) for name, tensor in embeddings.items()}
+        return {name: tensor[0].to(self.device, self.dtype, copy=True) for name, tensor in embeddings.items()}
 
     def guidance(self, request: Request) -> float:
         """The scale as it is: an input of the model, which has no off."""
@@ -92,7 +92,10 @@ class Flux(PackedFamily):
     def schedule(self, request: Request, scheduler: Any) -> dict[str, Any]:
         """Even sigmas, shifted by the number of image tokens."""
         config, request = config_of(scheduler), request.with_steps(STEPS)
-        asked = request.schedule if config.get("use_flow_sigmas") else even_sigmas(request)  # some make their own
+        makes_its_own = config.get("use_flow_sigmas")
+        if makes_its_own and request.sigmas is not None:
+            raise ValueError("sigmas: expected none, as a scheduler with use_flow_sigmas makes its own; give steps")
+        asked = request.schedule if makes_its_own else even_sigmas(request)
         return {"mu": flow_shift(config, self.latent_shape[0]), **asked}
 
     def decode(self, sample: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff import PlanMismatch, Request
+from fastdiff import PlanMismatch, Request, Runtime
 from fastdiff.families import FAMILIES, family_of
 from fastdiff.families.base import image_size, text_length
 from tests.families.tiny_pipelines import shared, sizes_of
@@ -71,6 +71,17 @@ def test_what_is_given_must_be_finite(name: str, field: str, value: float) -> No
     spoilt.view(-1)[-1] = value
     with pytest.raises(ValueError, match=f"^{field}: expected finite values, got NaN or infinity"):
         family(name).check(Request(**{**fields, field: spoilt}))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_nothing_that_is_given_is_kept(name: str) -> None:
+    """A host may use its buffers again as soon as a request is prepared."""
+    fields = given(name)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in fields.values() if isinstance(tensor, Tensor)}
+    runtime = Runtime(shared(name), max_batch=1, certify=False, **sizes_of(name))
+    state = runtime.prepare(Request(**fields, steps=4))
+    ours = {tensor.untyped_storage().data_ptr() for tensor in (state.prepared[1], *state.conditioning.values())}
+    assert theirs.isdisjoint(ours)
 
 
 @pytest.mark.parametrize("side", ["32", 32.0, float("nan")])

@@ -36,6 +36,14 @@ def test_guidance_has_no_off_and_sigmas_may_be_given(flux: Any, runtime: Runtime
         assert relative_error(image, image_of_diffusers(flux, request, **IMAGE)) <= 1e-4
 
 
+def test_sigmas_are_refused_where_the_scheduler_makes_its_own(runtime: Runtime) -> None:
+    """As the pipeline drops them without a word."""
+    own = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="sigmas: expected none, as a scheduler with use_flow_sigmas makes its own"):
+        runtime.generate([ask(steps=None, sigmas=[1.0, 0.6, 0.3], scheduler=own)])
+    assert runtime.supports(ask(scheduler=own)) is None
+
+
 def test_a_model_without_guidance_has_none() -> None:
     schnell = replace(PIPELINES["FluxPipeline"], build=partial(tiny_pipelines.flux, guidance_embeds=False))()
     schnell.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
