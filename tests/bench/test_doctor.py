@@ -17,7 +17,9 @@ from fastdiff.audit import Finding
 from fastdiff.bench import doctor
 from fastdiff.bench.doctor import audit_denoiser, audit_model
 from fastdiff.errors import PlanMismatch
+from fastdiff.families import family_of
 from fastdiff.plan import TensorSpec
+from tests.families.tiny_pipelines import PIPELINES, shared
 
 UNET = {
     "sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8,
@@ -204,6 +206,32 @@ def test_a_pipeline_without_a_family_has_its_model_audited(capsys: pytest.Captur
     assert code == 0
     assert report["step"] == "UNet2DModel"
     assert report["scheduler"] == "DDPMScheduler"
+
+
+@pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
+def test_every_expert_is_looked_at(expert: str) -> None:
+    pipe = PIPELINES["WanPipeline with two experts"]()
+    assert doctor.examine(pipe, "wan")["findings"] == []
+    coupled = getattr(pipe, expert).proj_out
+    coupled.register_forward_hook(lambda module, given, output: output - output.mean(0, keepdim=True))
+    report = doctor.examine(pipe, "wan")
+    assert [finding["kind"] for finding in report["findings"]] == ["row coupling"]
+    assert "at batch size 1 alone" in report["capturable"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "small"),
+    [
+        ("WanPipeline", (4, 21, 60, 104), (4, 2, 16, 16)),
+        ("QwenImagePipeline", (4096, 16), (256, 16)),
+        ("StableDiffusionXLPipeline", (4, 16, 16), (4, 16, 16)),
+        ("DiTPipeline", (4, 8, 8), (4, 8, 8)),  # which has no other
+    ],
+)
+def test_large_images_are_looked_at_in_small(name: str, own: tuple[int, ...], small: tuple[int, ...]) -> None:
+    pipe = shared(name)
+    assert family_of(pipe).latent_shape == own
+    assert doctor._small(pipe).latent_shape == small
 
 
 def test_findings_are_a_table_with_file_and_line(capsys: pytest.CaptureFixture[str]) -> None:
