@@ -51,8 +51,8 @@ class Counters:
 
     hits: int = 0  # replays of exactly the size asked for
     misses: int = 0  # replays of a larger graph
-    captures: int = 0
-    evictions: int = 0
+    captures: int = 0  # of graphs that were kept
+    evictions: int = 0  # of those, to make room
 
 
 class Steps:
@@ -370,16 +370,16 @@ class StepGraphs:
             torch_bytes=self.pool_bytes - pool_before,
             driver_bytes=max(0, free_before - free_after - reserved),
         )
-        self.counters.captures += 1
         if budget_bytes is not None and self.nbytes > budget_bytes:
             needed = self.nbytes
-            self._evict(key)
+            self._drop(key)
             if first:
                 raise OutOfMemory(
                     f"the graph of batch size {n} takes {needed} bytes, graph_bytes is {budget_bytes}; raise it, or "
                     "lower max_batch"
                 )
             return False
+        self.counters.captures += 1
         return True
 
     def make_room(self, budget_bytes: int | None, keep: int) -> None:
@@ -389,7 +389,8 @@ class StepGraphs:
             if not others:
                 sizes = sorted({n for _, n in self._graphs})
                 raise OutOfMemory(f"the graphs of batch sizes {sizes} take {self.nbytes} bytes, not {budget_bytes}")
-            self._evict(min(others, key=self._replays.__getitem__))
+            self._drop(min(others, key=self._replays.__getitem__))
+            self.counters.evictions += 1
 
     def close(self) -> None:
         """Release every graph and the pool, once all that was enqueued has run; a later capture makes its own anew."""
@@ -400,12 +401,11 @@ class StepGraphs:
             for entries in (self._graphs, self._functions, self._replays, self.built, self._sizes, self._pools):
                 entries.clear()
 
-    def _evict(self, key: Key) -> None:
+    def _drop(self, key: Key) -> None:
         self._graphs.pop(key).reset()
         for entries in (self._functions, self._replays, self.built):
             entries.pop(key)
         self._count_sizes(key[0])
-        self.counters.evictions += 1
 
     def _count_sizes(self, segment: int) -> None:
         self._sizes[segment] = tuple(sorted(n for own, n in self._graphs if own == segment))

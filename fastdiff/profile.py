@@ -32,7 +32,7 @@ TRACED_CALLS = 3  # under torch's profiler, which slows the host and is therefor
 
 
 class Rates(NamedTuple):
-    """What a device sustains, measured on random data."""
+    """What a device sustains on random data."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -42,7 +42,7 @@ class Rates(NamedTuple):
         return max(flops / self.flops_per_s, nbytes / self.bytes_per_s)
 
 
-RATES = {("NVIDIA H200", "bfloat16"): Rates(790e12, 4.3e12)}
+RATES = {("NVIDIA H200", "bfloat16"): Rates(790e12, 4.3e12)}  # as others report; `make gpu` measures its own card
 """By a device's CUDA name and the dtype of the model's inputs; a device that is not here has no floor."""
 
 

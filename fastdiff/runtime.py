@@ -56,7 +56,9 @@ class Runtime:
 
     The capacities come from `plan`, or from the pipeline and `max_batch`; `capacities` are fields of `CapturePlan` that
     replace the plan's. Unless `certify` is False the model is asked here whether it treats the requests of a batch
-    apart, bit by bit; one that does not raises RowsCoupled. `progress` shows a bar while graphs are captured.
+    apart, bit by bit, in its graphs or, where there are none, eagerly at the largest size; one that does not raises
+    RowsCoupled. `progress` shows a bar while graphs are captured. Compiling is of the whole step unless `regional` is
+    True: repeated blocks once for all, which large models want.
 
     Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to the thread
     that opened it.
@@ -140,7 +142,7 @@ class Runtime:
         graphs, cuda = self.steps.graphs, self.family.device.type == "cuda"
         captured = [graphs.sizes(segment) for segment in range(self.plan.segments)] if graphs else []
         graph_bytes: Counter[int] = Counter()
-        for (_, n), built in self.steps.built.items():
+        for (_, n), built in graphs.built.items() if graphs else ():
             graph_bytes[n] += built.torch_bytes + built.driver_bytes
         free, total = torch.cuda.mem_get_info(self.family.device) if cuda else (0, 0)
         return MemoryUse(

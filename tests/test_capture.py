@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch._dynamo.utils import counters
 
 import fastdiff
 from fastdiff import Request, Runtime, capture
-from fastdiff.capture import Mode, Regions, StepGraphs, Steps, compiled, regional, smallest, step_function
+from fastdiff.capture import Counters, Mode, Regions, StepGraphs, Steps, compiled, regional, smallest, step_function
 from fastdiff.errors import CannotCapture, OutOfMemory, PlanMismatch, StaleGraph
 from fastdiff.isolation import certify
 from fastdiff.models.geometries import GEOMETRIES, geometry
@@ -456,10 +457,12 @@ def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: st
     encoded = runtime.prepare(Request(prompt="a handwritten two"))
     embeds = encoded.conditioning["prompt_embeds"]
 
+    gone: Counter[str] = Counter()
+
     def serve(first: int, last: int) -> None:
         with runtime.session() as session:
             for number in range(first, last):
-                while not session.free:
+                while session.free < 2:  # one for a fork
                     for slot in session.step():
                         session.take(slot)
                 request = Request(
@@ -470,12 +473,15 @@ def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: st
                     scheduler=names[number % len(names)],
                 )
                 slot = session.add(runtime.prepare(request))
-                if number % 6 == 0:
-                    session.cancel(slot)
-                elif number % 6 == 3:
-                    session.step()
-                    if session.free:
+                if number % 3 == 0:
+                    for _ in range(number % 4):  # before the first row, or in its midst
+                        session.step()
+                    what = "forked" if number % 2 else "cancelled"
+                    gone[what] += 1
+                    if what == "forked":
                         session.add(session.fork(slot))
+                    else:
+                        session.cancel(slot)
 
     def held() -> tuple[int, ...]:
         gc.collect()
@@ -490,9 +496,12 @@ def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: st
             runtime.steps(count)  # every size has been used
     serve(0, 50)
     addresses, before = [tensor.data_ptr() for tensor in runtime.slots.tensors()], held()
-    serve(50, 1050)
-    assert [tensor.data_ptr() for tensor in runtime.slots.tensors()] == addresses
+    gone.clear()
+    for first in range(50, 1050, 100):
+        serve(first, first + 100)
+        assert [tensor.data_ptr() for tensor in runtime.slots.tensors()] == addresses
     assert held() == before
+    assert gone == {"cancelled": 166, "forked": 167}
 
 
 @pytest.mark.cuda
@@ -533,6 +542,51 @@ def test_the_byte_budget_is_settled_in_the_constructor() -> None:
     assert free.nbytes > 0
     with pytest.raises(OutOfMemory, match=f"the graph of batch size {N} takes"):
         Steps(toy_model, cuda_slots(graph_bytes=0), "step-graph")
+
+
+@pytest.mark.cuda
+def test_the_least_used_graph_goes_for_one_that_the_budget_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepGraphs, "nbytes", property(lambda graphs: 10 * len(graphs._graphs)))
+    slots = cuda_slots(graph_bytes=20)
+    steps = Steps(toy_model, slots, "step-graph")
+    graphs = steps.graphs
+    assert graphs is not None
+    assert graphs.sizes() == (3, N)
+    assert graphs.counters == Counters(captures=2)
+    load_all(slots, mixed_states())
+    for count in (1, N):
+        steps(count)
+    assert graphs.counters == Counters(hits=1, misses=1, captures=2)
+    steps.capture(1)
+    assert graphs.sizes() == (1, N)
+    for count in (1, 3):
+        steps(count)
+    assert graphs.counters == Counters(hits=2, misses=2, captures=3, evictions=1)
+
+
+@pytest.mark.cuda
+def test_what_a_capture_took_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = Steps(toy_model, cuda_slots(), "step-graph", progress=True)
+    assert list(steps.built) == [(0, n) for n in reversed(PLAN.batch_sizes)]  # the largest first
+    for built in steps.built.values():
+        assert min(built.compile_s, built.warm_up_s, built.capture_s) > 0
+        assert min(built.torch_bytes, built.driver_bytes) >= 0
+    assert (
+        f"capture step-graph: 100%|##########| {len(PLAN.batch_sizes)}/{len(PLAN.batch_sizes)}"
+        in capsys.readouterr().err.replace("█", "#")
+    )
+
+
+@pytest.mark.cuda
+def test_auto_takes_graphs_for_a_small_model(cuda_pipe: Any) -> None:
+    """Its row is all launches on any GPU."""
+    runtime = Runtime(cuda_pipe, max_batch=1, mode="auto", compile="none")
+    assert runtime.choice is not None
+    assert runtime.choice.mode == runtime.steps.mode == "step-graph"
+    assert "launch-bound" in runtime.choice.reason
+    request = Request(prompt="a handwritten two", steps=4)
+    eager = Runtime(cuda_pipe, max_batch=1).generate([request])[0]
+    assert torch.equal(runtime.generate([request])[0].latents, eager.latents)
 
 
 @pytest.mark.cuda

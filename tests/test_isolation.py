@@ -87,6 +87,12 @@ def test_a_model_that_couples_requests_is_refused(model: Denoiser, message: str)
         certify(Steps(model, slots), slots, PLAN.batch_sizes)
 
 
+def test_the_shipped_model_is_certified_at_odd_sizes(pipe: Any) -> None:
+    runtime = fastdiff.Runtime(pipe, max_batch=8, certify=False)
+    certificate = certify(runtime.steps, runtime.slots, (3, 5, 8))
+    assert certificate.batch_sizes == (3, 5, 8)
+
+
 def test_a_runtime_asks_at_its_start_unless_told_not_to(pipe: Any) -> None:
     certified = fastdiff.Runtime(pipe, max_batch=2)
     assert certified.certificate is not None

@@ -21,7 +21,7 @@ from fastdiff.capture import Steps
 from fastdiff.denoiser import Denoiser
 from fastdiff.families import family_of
 from fastdiff.plan import CapturePlan, TensorSpec
-from fastdiff.profile import RATES, Profile, break_even, choose, profile_step
+from fastdiff.profile import RATES, Profile, break_even, choose, profile_step, trace_kernels
 from fastdiff.slots import Slots
 from fastdiff.step import denoise_step
 from tests.conftest import LATENT_SHAPE, random_state, table, toy_model
@@ -331,6 +331,15 @@ def test_a_gpu_tells_launches_times_and_the_regime() -> None:
         assert 0 < one.busy <= 1
         assert one.regime == profile.regime_of(one.host_s, one.device_s)
         assert (one.floor_s, one.roofline_s) == (None, None)  # float32 has no rates
+
+
+@pytest.mark.cuda
+@pytest.mark.compiles
+def test_the_compiled_step_outside_the_model_is_one_kernel_and_the_row_counter() -> None:
+    slots = Slots(replace(slots_of().plan, compile="default"), "cuda", planar=True)
+    step = partial(Steps(identity, slots, "step-graph"), N)
+    calls = 10
+    assert len(trace_kernels(step, calls)) == 2 * calls
 
 
 @pytest.mark.cuda

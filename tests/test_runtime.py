@@ -250,6 +250,7 @@ def test_a_plan_is_taken_as_it_is_or_refused(pipe: Any) -> None:
 
 def test_memory_is_what_the_tensors_take(pipe: Any) -> None:
     runtime = Runtime(pipe, max_batch=2, certify=False)
+    runtime.generate([Request(prompt="a handwritten two", steps=1)])
     memory = runtime.memory()
     assert memory.weights_bytes == sum(weight.nbytes for weight in pipe.unet.parameters())
     assert memory.state_bytes == sum(tensor.nbytes for tensor in runtime.slots.tensors())

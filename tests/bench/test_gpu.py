@@ -49,7 +49,7 @@ from fastdiff.bench.loop import cloned_deepcopy, shared
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.words import NEEDS_CUDA
 from fastdiff.capture import Steps
-from fastdiff.models.geometries import Inputs
+from fastdiff.models.geometries import Inputs, geometry
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 
@@ -620,6 +620,18 @@ def test_a_shared_scheduler_keeps_what_a_request_left_and_a_clone_does_not(tmp_p
         assert held[sampler, "cloned-deepcopy"]["after_bytes"] == held[sampler, "cloned-shallow"]["after_bytes"] == 0
         slot = held[sampler, "tensorized"]
         assert slot["before_bytes"] == slot["after_bytes"] > 0
+
+
+@pytest.mark.cuda
+def test_the_bytes_of_graphs_are_told_by_phase_and_size(tmp_path: Path) -> None:
+    *phases, last = on_cuda("graphs of dit-xl-256", tmp_path)
+    (graphs,) = (one for one in phases if one["kind"] == "graphs")
+    sizes = geometry("tiny-dit-xl-256", "cpu", torch.bfloat16).plan.batch_sizes
+    assert graphs["sizes"].keys() == {str(n) for n in sizes}
+    assert graphs["pool_bytes"] >= graphs["largest_alone_bytes"] > 0
+    assert last["phase"] == "graphs and slots released"
+    held = {one["phase"]: one["reserved_bytes"] for one in (*phases, last) if one["kind"] == "phase"}
+    assert held["model loaded"] <= held["graphs and slots released"] < held["all batches captured"]
 
 
 @pytest.mark.cuda

@@ -43,7 +43,7 @@ TEXT = f"""{HEADING}
 Written by `make coverage` from the tables that the tests are parametrised with; a test compares it with them. "Images"
 in eager mode are whole images or videos in float32, within 1e-4 of those of the pipeline's untouched `__call__`; the
 pipelines are tiny, their weights random. In the other modes "images" are compared with those of eager mode. CUDA is
-where a test needs a device; where there is none it is skipped.
+where a test needs a device; where there is none it is skipped, and no run on one has been committed yet.
 
 Tier 1 is the pipeline's own loop with `pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler)`, where no step falls
 back, or after `fastdiff.accelerate(pipe)`, of which compiled images are those of dynamo's trace, on the own sampler.
