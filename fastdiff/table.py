@@ -320,6 +320,7 @@ GUIDANCE = 2  # the column of a packed row that belongs to the request and not t
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def pack(table: StepTable, layout: RowLayout) -> Tensor:
     """The rows as slots hold them: float32 [R + 1, F], in the order t, c_in, guidance (1), lo, hi, r, [A | b | d | C].
 
@@ -382,7 +383,8 @@ class TableCache:
         if entry is not None:
             return entry.result()
         try:
-            table = build()
+            with torch.inference_mode(False), torch.no_grad():  # for callers in any mode
+                table = build()
         except BaseException as error:
             with self._lock:
                 self._entries.pop(key, None)
