@@ -75,6 +75,9 @@ class Request:
                 f"scheduler_options: expected a mapping of names to values, got {self.scheduler_options!r}; "
                 "leave it out for none"
             )
+        for name, value in self.scheduler_options.items():
+            if value is None:
+                raise ValueError(f"scheduler_options: expected a value for {name!r}, got None; leave it out for none")
         if not isinstance(self.class_label, (int, str, NoneType)):
             raise ValueError(f"class_label: expected an integer or a word, got {self.class_label!r}")
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:

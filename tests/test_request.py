@@ -21,6 +21,10 @@ from fastdiff import PlanMismatch, Request, Result
         ({"prompt": "x", "seed": True}, "seed: expected a 64-bit integer, got True"),
         ({"prompt": "x", "steps": 2.5}, "steps: expected an integer >= 1, got 2.5"),
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
+        (
+            {"prompt": "x", "scheduler_options": {"eta": None}},
+            "scheduler_options: expected a value for 'eta', got None",
+        ),
         ({"prompt": "x", "guidance_scale": 1e39}, "guidance_scale: expected a finite number of float32"),
         ({"prompt": "x", "guidance_scale": "high"}, "guidance_scale: expected a finite number"),
         ({"prompt": "x", "seed": 2**64}, "seed: expected a 64-bit integer"),
