@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -41,10 +42,28 @@ def freeze(value: Any) -> Hashable:
     if isinstance(value, (list, tuple)):
         return kind, *map(freeze, value)
     if kind is FunctionType:  # two schedulers of a class may each have made their own of one line
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        bound = value.__defaults__, value.__kwdefaults__, cells
-        return kind, value.__code__, id(value.__globals__), *map(freeze, bound)
+        bound = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items(), *_closed_over(value)
+        return kind, value.__code__, id(value.__globals__), *map(_freeze_bound, bound)
     return (kind, value) if isinstance(value, Hashable) else repr(value)
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """What a function's closure holds; an empty cell has nothing."""
+    found: list[Any] = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
+
+
+def _freeze_bound(value: Any) -> Hashable:
+    """Contents of what is plain data; of all else, another function or the scheduler itself, which object it is."""
+    if type(value) in _SCALARS or isinstance(value, (Tensor, np.ndarray, list, tuple, dict)):
+        return freeze(value)
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return freeze(value)
 
 
 class Fingerprint:
@@ -105,7 +124,9 @@ class _Seen:
             )
         )
         self.holds_its_scheduler = any(
-            getattr(value, "__self__", None) is scheduler for value in self._attributes.values()
+            one is scheduler
+            for value in self._attributes.values()
+            for one in (getattr(value, "__self__", None), *_closed_over(value))
         )
         # Everything that can change while it stays the same object. A config's own items cannot: it is a FrozenDict.
         self._mutable = [(value, frozen) for value, frozen in config.values() if type(value) not in _SCALARS]

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 WARM_UP_CALLS = 3
 TIMED_S = 1.0  # calls are timed for this long, at least and at most as many as these
 TIMED_CALLS = (5, 50)
+TRIES = 3  # at a trace of kernels, which now and then loses some
 TRACED_CALLS = 3  # under torch's profiler, which slows the host and is therefore no clock for it
 
 
@@ -108,7 +109,7 @@ def _graphs_pay(eager: Profile, graph_bytes: int | None) -> tuple[str, float | N
     if eager.gpu is None:
         return "graphs need a CUDA device, and the model is not on one", None
     if not eager.device_s:
-        return f"no kernel was seen on {eager.gpu}, so nothing says that graphs pay", None
+        return f"no whole trace of a row was had on {eager.gpu}, so nothing says that graphs pay", None
     host, device = f"{eager.host_s * 1e3:.3g} ms", f"{eager.device_s * 1e3:.3g} ms"
     if regime_of(eager.host_s, eager.device_s) == "launch-bound":
         gain = eager.host_s / eager.device_s
@@ -305,12 +306,13 @@ def _measure_cuda(step: Callable[[], None], device: torch.device) -> _Measured:
         end.record()
         end.synchronize()
         loop_s = start.elapsed_time(end) / 1e3
-        kernels_s = trace_kernels(step, TRACED_CALLS)
-    host_s, row_s = median(calls_s), loop_s / len(calls_s)
-    launches, lost = divmod(len(kernels_s), TRACED_CALLS)
-    if lost or not launches:  # a profiler without the right to read the device's counters, or that dropped some
-        return _Measured(host_s, row_s)
-    return _Measured(host_s, row_s, launches, sum(kernels_s) / TRACED_CALLS)
+        host_s, row_s = median(calls_s), loop_s / len(calls_s)
+        for _ in range(TRIES):
+            kernels_s = trace_kernels(step, TRACED_CALLS)
+            launches, lost = divmod(len(kernels_s), TRACED_CALLS)
+            if launches and not lost:
+                return _Measured(host_s, row_s, launches, sum(kernels_s) / TRACED_CALLS)
+    return _Measured(host_s, row_s)  # the profiler may not read the device's counters, or drops some each time
 
 
 def _time_calls(step: Callable[[], None], wait: Callable[[], None]) -> list[float]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from traceback import format_tb
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -89,7 +90,7 @@ class Runtime:
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
-        self._done: torch.cuda.Event | None = None  # what the last session enqueued
+        self._done: torch.cuda.Event | None = None  # all that was enqueued here, or by the last session
         self._left: tuple[int, ...] | None = None  # the slots of a session that was dropped open
         self.choice: Choice | None = None
         if mode != "auto":
@@ -104,6 +105,12 @@ class Runtime:
             if self.choice.mode != self.steps.mode:
                 self._make_room(self.choice.mode, plan_for(self.choice.mode), progress)
         self.certificate = self._certify() if certify and self.plan.max_batch > 1 else None
+        self._mark()
+
+    def _mark(self) -> None:
+        """Whichever stream the next session runs on, it waits for what is enqueued here."""
+        if self.family.device.type == "cuda":
+            self._done = torch.cuda.current_stream(self.family.device).record_event()
 
     def _make_room(self, mode: Mode, plan: CapturePlan, progress: bool) -> None:
         self.plan = plan
@@ -182,6 +189,8 @@ class Runtime:
         if hasattr(self, "slots"):
             with self.session():
                 self.steps.close()
+                if self.family.device.type == "cuda":  # memory is free for the stream that it was taken on, at once
+                    torch.cuda.synchronize(self.family.device)
                 del self.slots, self.steps
 
     def _check_open(self) -> None:
@@ -326,10 +335,19 @@ class Runtime:
             try:
                 state = stages.decode(self.family, state)
             except Exception as raised:  # whatever an autoencoder raises for one image; the others are still to come
-                error = raised
+                error = _without_frames(raised)
         return Result(
             request=request, latents=state.sample, image=state.image, rows=state.row, mode=self.steps.mode, error=error
         )
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error with its traceback as a note: the frames of what ran out of memory would hold what it had till then."""
+    error.add_note("".join(format_tb(error.__traceback__)))
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__, one = None, one.__cause__ or one.__context__
+    return error
 
 
 class _Part:
@@ -436,8 +454,9 @@ class _Occupant:
 class Session:
     """A host's own loop: `add` states, `step` until slots finish, `take` them.
 
-    A slot never moves while its request runs. A session belongs to the thread that opened it; tensors go in and come
-    out as copies.
+    A slot never moves while its request runs. A session belongs to the thread that opened it, and to the stream that
+    was current then; tensors go in and come out as copies. Of pinned host memory the device reads what goes in when it
+    comes to it: such a tensor must stay as it is until then.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -556,8 +575,7 @@ class Session:
             for slot in self._occupants:
                 self._slots.park(slot)
             self._occupants.clear()
-            if self._slots.device.type == "cuda":
-                runtime._done = torch.cuda.current_stream(self._slots.device).record_event()
+            runtime._mark()
             runtime._holder = None
             runtime._in_use.release()
 
@@ -592,7 +610,7 @@ class Session:
         self._slots.put_noise(slot, occupant.row, noise)
 
     def _wind(self, generator: torch.Generator, occupant: _Occupant) -> None:
-        """Set a copy of the occupant's generator to the row to run next."""
+        """Set the occupant's generator, or a copy of it, to the row to run next."""
         if occupant.before is not None:
             generator.set_state(occupant.before)
             self._draw(generator, occupant, occupant.drawn_from, occupant.row)

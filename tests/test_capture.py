@@ -37,6 +37,9 @@ N = len(SAMPLERS)
 PLAN = CapturePlan(latent_shape=LATENT_SHAPE, dtype=torch.float32, batch_sizes=(1, 3, N), rows=12)
 
 
+SEGMENT_BYTES = 2 * 2**20  # what torch's allocator takes at least
+
+
 def equal_slots(one: Slots, other: Slots) -> bool:
     return all(torch.equal(one.read(slot, PLAN.memory).cpu(), other.read(slot, PLAN.memory).cpu()) for slot in range(N))
 
@@ -358,20 +361,27 @@ def graphed(request: pytest.FixtureRequest) -> Iterator[tuple[Slots, Steps]]:
 
 @pytest.mark.cuda
 def test_graphs_of_inference_mode_and_others_follow_each_other() -> None:
-    """First of all here: the tensors of torch's generator are made for the first graph that there is."""
-    graphs, x = StepGraphs(torch.device("cuda"), unroll=1), torch.zeros(3, device="cuda")
+    """In a process of its own: the tensors of torch's generator are made for the first graph that there is."""
+    script = """
+        import torch
 
-    def step() -> None:
-        x.add_(1)
+        from fastdiff.capture import StepGraphs
 
-    with torch.inference_mode():
-        graphs.capture(1, step)
-    graphs.capture(2, step)
-    x.zero_()
-    graphs.replay(1)
-    with torch.inference_mode():
-        graphs.replay(2)
-    assert x.tolist() == [2, 2, 2]
+        graphs, x = StepGraphs(torch.device("cuda"), unroll=1), torch.zeros(3, device="cuda")
+
+        def step():
+            x.add_(1)
+
+        with torch.inference_mode():
+            graphs.capture(1, step)
+        graphs.capture(2, step)
+        x.zero_()
+        graphs.replay(1)
+        with torch.inference_mode():
+            graphs.replay(2)
+        assert x.tolist() == [2, 2, 2]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 
 
 @pytest.mark.cuda
@@ -487,7 +497,7 @@ def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: st
         gc.collect()
         if device == "cuda":
             torch.cuda.synchronize()
-            return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            return torch.cuda.memory_allocated(), torch.cuda.memory_reserved() // SEGMENT_BYTES
         # By type: isinstance would ask every lazy proxy of every library for its class.
         return (sum(one.nbytes for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)),)
 
@@ -500,8 +510,21 @@ def test_a_thousand_requests_move_no_static_tensor_and_grow_no_memory(device: st
     for first in range(50, 1050, 100):
         serve(first, first + 100)
         assert [tensor.data_ptr() for tensor in runtime.slots.tensors()] == addresses
-    assert held() == before
+    now = held()
+    assert now[0] == before[0]
+    assert sum(now[1:]) <= sum(before[1:]) + 1  # other sizes of temporaries may take a segment more, once
     assert gone == {"cancelled": 166, "forked": 167}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["eager", "step-graph"])
+def test_a_session_waits_for_what_the_constructor_enqueued_on_another_stream(cuda_pipe: Any, mode: Mode) -> None:
+    request = Request(prompt="a handwritten two", steps=3)
+    expected = Runtime(cuda_pipe, max_batch=1).generate([request])[0].latents
+    torch.cuda._sleep(10**8)  # cycles: the slots are filled after them
+    own = Runtime(cuda_pipe, max_batch=1, mode=mode, compile="none")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(own.generate([request])[0].latents, expected)
 
 
 @pytest.mark.cuda
@@ -575,18 +598,6 @@ def test_what_a_capture_took_is_told_apart(capsys: pytest.CaptureFixture[str]) -
         f"capture step-graph: 100%|##########| {len(PLAN.batch_sizes)}/{len(PLAN.batch_sizes)}"
         in capsys.readouterr().err.replace("█", "#")
     )
-
-
-@pytest.mark.cuda
-def test_auto_takes_graphs_for_a_small_model(cuda_pipe: Any) -> None:
-    """Its row is all launches on any GPU."""
-    runtime = Runtime(cuda_pipe, max_batch=1, mode="auto", compile="none")
-    assert runtime.choice is not None
-    assert runtime.choice.mode == runtime.steps.mode == "step-graph"
-    assert "launch-bound" in runtime.choice.reason
-    request = Request(prompt="a handwritten two", steps=4)
-    eager = Runtime(cuda_pipe, max_batch=1).generate([request])[0]
-    assert torch.equal(runtime.generate([request])[0].latents, eager.latents)
 
 
 @pytest.mark.cuda

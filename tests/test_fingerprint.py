@@ -120,10 +120,23 @@ def test_functions_are_told_apart_by_what_they_do() -> None:
     assert fastdiff.tabulate(one, 6) != before
 
 
-def test_a_scheduler_that_holds_a_method_of_its_own_is_let_go() -> None:
+def test_a_function_may_name_itself_and_what_is_not_there_yet() -> None:
+    def countdown(t: int) -> int:
+        return countdown(t - 1) if t else later
+
     one = scheduler()
-    one.rescale = one.set_begin_index
-    fingerprint(one)
+    one.countdown = countdown
+    before = fingerprint(one)
+    later = 3
+    assert fingerprint(one) != before
+    assert fingerprint(one) == fingerprint(one)
+
+
+@pytest.mark.parametrize("of_its_own", [lambda one: one.set_begin_index, lambda one: lambda t: one.config])
+def test_a_scheduler_that_holds_itself_is_let_go(of_its_own: Callable[[Any], Any]) -> None:
+    one = scheduler()
+    one.rescale = of_its_own(one)
+    assert fingerprint(one) == fingerprint(one)
     alive = weakref.ref(one)
     del one
     gc.collect()

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdiff import profile
+import fastdiff
+from fastdiff import Request, Runtime, profile
 from fastdiff.capture import Steps
 from fastdiff.denoiser import Denoiser
 from fastdiff.families import family_of
 from fastdiff.plan import CapturePlan, TensorSpec
-from fastdiff.profile import RATES, Profile, break_even, choose, profile_step, trace_kernels
+from fastdiff.profile import RATES, TRIES, Profile, break_even, choose, profile_step, trace_kernels
 from fastdiff.slots import Slots
 from fastdiff.step import denoise_step
 from tests.conftest import LATENT_SHAPE, random_state, table, toy_model
@@ -272,7 +273,7 @@ def test_host_and_device_alike_are_compute_bound() -> None:
 def test_without_a_kernel_seen_nothing_is_claimed(device_s: float | None) -> None:
     choice = choose(replace(LAUNCH_BOUND, device_s=device_s))
     assert (choice.mode, choice.gain) == ("eager", None)
-    assert choice.reason == "no kernel was seen on NVIDIA H200, so nothing says that graphs pay"
+    assert choice.reason == "no whole trace of a row was had on NVIDIA H200, so nothing says that graphs pay"
     assert profile.regime_of(0.015, device_s) is None
 
 
@@ -334,12 +335,26 @@ def test_a_gpu_tells_launches_times_and_the_regime() -> None:
 
 
 @pytest.mark.cuda
+def test_auto_takes_graphs_for_a_small_model() -> None:
+    """Its row is all launches on any GPU."""
+    pipe, request = fastdiff.models.digits().to("cuda"), Request(prompt="a handwritten two", steps=4)
+    auto, eager = Runtime(pipe, max_batch=1, mode="auto", compile="none"), Runtime(pipe, max_batch=1)
+    assert auto.choice is not None
+    assert auto.choice.mode == auto.steps.mode == "step-graph"
+    assert "launch-bound" in auto.choice.reason
+    assert torch.equal(auto.generate([request])[0].latents, eager.generate([request])[0].latents)
+    auto.close()
+    eager.close()
+
+
+@pytest.mark.cuda
 @pytest.mark.compiles
 def test_the_compiled_step_outside_the_model_is_one_kernel_and_the_row_counter() -> None:
     slots = Slots(replace(slots_of().plan, compile="default"), "cuda", planar=True)
     step = partial(Steps(identity, slots, "step-graph"), N)
     calls = 10
-    assert len(trace_kernels(step, calls)) == 2 * calls
+    traces = (len(trace_kernels(step, calls)) for _ in range(TRIES))  # some of which lose kernels
+    assert 2 * calls in traces
 
 
 @pytest.mark.cuda

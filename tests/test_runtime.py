@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -159,17 +160,25 @@ def test_an_image_that_is_not_finite_is_that_results_error_and_no_others(runtime
 def test_an_image_that_cannot_be_decoded_is_that_results_error_and_no_others(pipe: Any) -> None:
     calls: list[int] = []
 
-    def second_fails(*_: Any) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def second_fails(module: Any, given: Any, output: torch.Tensor) -> None:
         calls.append(len(calls))
         if len(calls) == 2:
+            held.extend(map(weakref.ref, (*given, output)))
             raise torch.OutOfMemoryError("no room for an image")
 
     own = Runtime(pipe, max_batch=2, certify=False)
-    before = pipe.vae.decoder.register_forward_pre_hook(second_fails)
+    after = pipe.vae.decoder.conv_out.register_forward_hook(second_fails)
     try:
         results = own.generate(MIXED[:3])
     finally:
-        before.remove()
+        after.remove()
+    assert len(held) == 2
+    assert [one() for one in held] == [None, None]  # the error holds none of what the image took
+    error = results[1].error
+    assert error is not None
+    assert "in decode" in error.__notes__[0]  # and says where it was
     assert [result.image is None for result in results] == [False, True, False]
     with pytest.raises(torch.OutOfMemoryError, match="no room for an image"):
         results[1].to_pil()
@@ -515,12 +524,14 @@ def test_a_session_keeps_nothing_of_the_callers_state(session: Session, runtime:
         torch.testing.assert_close(own.prepared[1], expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("built_in", [True, False])
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_runtime_serves_hosts_in_inference_mode_and_others(pipe: Any, mode: bool, built_in: bool) -> None:
+def test_a_runtime_serves_hosts_in_inference_mode_and_others(mode: bool, built_in: bool, device: str) -> None:
     request = Request(prompt="a handwritten two", steps=3, scheduler="EulerAncestral")
+    pipe = fastdiff.models.digits().to(device)
     with torch.inference_mode(built_in):
-        own = Runtime(pipe, max_batch=2)
+        own = Runtime(pipe, max_batch=2, mode="eager" if device == "cpu" else "step-graph", compile="none")
     fastdiff.table_cache.clear()
     with torch.inference_mode(mode):
         assert not own.prepare(request).prepared[0].A.is_inference()  # all who ask for it get this one

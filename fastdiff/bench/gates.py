@@ -29,7 +29,6 @@ BASELINES = Path("reports", "baselines")
 PEAK_TOLERANCE = 0.01  # of peak bytes alone: an allocator rounds, a library changes its workspace
 ROWS = 4  # by then a multistep sampler is at its full order
 BATCHES = (1, 8)
-TRIES = 3  # at a trace of kernels, which now and then loses some
 
 Verdict = Literal["REGRESSION", "not measured", "IMPROVEMENT", "new"]
 Value = int | None
@@ -207,8 +206,7 @@ def _rows_on_cuda(bench: Workbench) -> Iterator[Figure]:
         assert peak_bytes is not None
         yield f"peak bytes of a row: model, batch {n}", peak_bytes - allocated
         for name, runtime in (("launches per row", eager), ("graph nodes", graphed)):
-            launches = (runtime.profile(n).launches for _ in range(TRIES))
-            yield f"{name}: model, batch {n}", next(filter(None, launches), None)
+            yield f"{name}: model, batch {n}", runtime.profile(n).launches
     graphed.close()
 
 

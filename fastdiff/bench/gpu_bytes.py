@@ -29,9 +29,11 @@ from fastdiff.step import denoise_step
 def graph_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
     """VRAM from load to release, and what each batch size's graph adds. Eager kernels: compiling them takes minutes."""
     settings.require_cuda()
+    settle_device(settings.device)
     yield _phase(settings, "nothing")
     own = settings.geometry(case)
     plan = replace(own.plan, compile="none")
+    settle_device(settings.device)
     yield _phase(settings, "model loaded")
     slots = Slots(plan, settings.device, planar=True)
     yield _phase(settings, "slots")

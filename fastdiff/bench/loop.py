@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Loop:
         self, scheduler: Any, device: torch.device, generator: torch.Generator | None = None, **asked: Any
     ) -> None:
         self.scheduler = scheduler
-        takes = inspect.signature(scheduler.step).parameters  # as diffusers' `prepare_extra_step_kwargs` looks it up
+        takes = _parameters(type(scheduler).step)  # of which `prepare_extra_step_kwargs` passes what is asked for
         self._options = {name: value for name, value in {**asked, "generator": generator}.items() if name in takes}
         set_timesteps(scheduler, device, **{name: value for name, value in asked.items() if name not in takes})
         self.timesteps = list(scheduler.timesteps)  # the request's own, whatever happens to a shared scheduler
@@ -72,6 +74,11 @@ class Loop:
         timestep = self.timesteps[self.row]
         self.sample = self.scheduler.step(model_output, timestep, self.sample, **self._options, return_dict=False)[0]
         self.row += 1
+
+
+@cache
+def _parameters(step: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(step).parameters.keys()
 
 
 def set_timesteps(scheduler: Any, device: torch.device, **asked: Any) -> None:
