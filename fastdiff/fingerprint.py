@@ -34,7 +34,7 @@ def freeze(value: Any) -> Hashable:
     if kind in _SCALARS:
         return kind, value  # 1, 1.0 and True are different arguments
     if isinstance(value, Tensor):
-        return _Content((value.dtype, value.shape), value.numpy(force=True).tobytes())
+        return _Content((value.dtype, value.shape), _readable(value).numpy(force=True).tobytes())
     if isinstance(value, np.ndarray):
         return _Content((value.dtype, value.shape), value.tobytes())
     if isinstance(value, dict):
@@ -64,6 +64,11 @@ def _freeze_bound(value: Any) -> Hashable:
         return weakref.ref(value)
     except TypeError:
         return freeze(value)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Its memory in a dtype that numpy has."""
+    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
 
 
 class Fingerprint:
@@ -104,7 +109,7 @@ class _Watched(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Watched:
-        read = tensor.detach().numpy().tobytes  # of an alias
+        read = _readable(tensor.detach()).numpy().tobytes  # of an alias
         return cls(tensor, tensor.data_ptr(), tensor.dtype, tensor.shape, read, read())
 
 

@@ -46,7 +46,7 @@ def run_noise(
     dtypes = [own or dtype for row in draws for own in row]
     count, Z = len(dtypes), max(map(len, draws), default=0)
     if not count:
-        return torch.zeros(len(draws), Z, *shape, device=device)
+        return torch.zeros(len(draws), Z, *shape, dtype=torch.float32, device=device)
     if generator.device.type == "cpu" and math.prod(shape) % 16 == 0 and len(set(dtypes)) == 1:
         drawn = torch.randn(count, *shape, generator=generator, dtype=dtypes[0])
     else:
@@ -54,7 +54,7 @@ def run_noise(
     drawn = drawn.to(device, torch.float32)
     if count == len(draws) * Z:
         return drawn.view(len(draws), Z, *shape)
-    noise, taken = torch.zeros(len(draws), Z, *shape, device=device), 0
+    noise, taken = torch.zeros(len(draws), Z, *shape, dtype=torch.float32, device=device), 0
     for row, own in enumerate(draws):
         noise[row, : len(own)] = drawn[taken : taken + len(own)]
         taken += len(own)

@@ -229,8 +229,9 @@ class Runtime:
                 self._check(request)
             except (FastdiffError, TypeError, ValueError) as error:
                 raise type(error)(f"requests[{index}]: {error}") from error
+        mode = self.steps.mode  # now: another thread may close the runtime as soon as the rows have run
         states = self._run([self._prepare(request) for request in requests])
-        return [self._result(request, state) for request, state in zip(requests, states, strict=True)]
+        return [self._result(request, state, mode) for request, state in zip(requests, states, strict=True)]
 
     def denoise(
         self,
@@ -245,7 +246,7 @@ class Runtime:
 
         `conditioning`: [N, ...] by the plan's names; `table` and `guidance` (1 is none) for all or one each;
         `generators`, one each, where a table draws noise: they are read and not moved on. Returns [N, C, H, W] in the
-        dtype of the pipeline's latents.
+        dtype of the pipeline's latents; what a model made NaN or infinite comes back so.
         """
         shape = self.plan.latent_shape
         if not isinstance(latents, Tensor) or latents.shape[1:] != shape or not latents.is_floating_point():
@@ -327,7 +328,7 @@ class Runtime:
                     finished[owner.pop(slot)] = session.take(slot)
         return [finished[index] for index in range(len(states))]
 
-    def _result(self, request: Request, state: RequestState) -> Result:
+    def _result(self, request: Request, state: RequestState, mode: Mode) -> Result:
         error: Exception | None = None
         if not torch.isfinite(state.sample).all():
             error = NumericalError(f"seed {request.seed}: the sample is not finite after {state.row} rows")
@@ -336,9 +337,7 @@ class Runtime:
                 state = stages.decode(self.family, state)
             except Exception as raised:  # whatever an autoencoder raises for one image; the others are still to come
                 error = _without_frames(raised)
-        return Result(
-            request=request, latents=state.sample, image=state.image, rows=state.row, mode=self.steps.mode, error=error
-        )
+        return Result(request=request, latents=state.sample, image=state.image, rows=state.row, mode=mode, error=error)
 
 
 def _without_frames(error: Exception) -> Exception:
@@ -537,7 +536,7 @@ class Session:
                     self._steps(max(members) + 1, segment)
                     for slot in members:  # at once: should the other segment raise, these have run
                         running[slot].row = running[slot].after(self._steps.rows_per_call)
-        return sorted(slot for slot, one in self._occupants.items() if one.row == one.end)
+        return sorted(slot for slot, one in self._occupants.items() if one.row >= one.end)
 
     def take(self, slot: int) -> RequestState:
         """The slot's request as it now stands, copied out; the slot is free again."""
@@ -621,6 +620,8 @@ class Session:
         return run_noise(generator, draws, self._plan.latent_shape, occupant.state.dtype, generator.device)
 
     def _check_fits(self, state: RequestState, table: StepTable) -> None:
+        if not isinstance(state.row, int) or not 0 <= state.row <= len(table):
+            raise ValueError(f"row: expected 0 to {len(table)}, the rows of {table.source}'s table, got {state.row!r}")
         latents = state.prepared[1]
         if tuple(latents.shape) != (table.memory, *self._plan.latent_shape):
             expected = (table.memory, *self._plan.latent_shape)

@@ -72,7 +72,7 @@ class Batch(NamedTuple):
         A step in eager mode is as long as its dispatches, and half of them are views. A compiler wants none of this:
         it would see thirty inputs that alias each other.
         """
-        coefficients = torch.zeros(len(self.slot), self.layout.width, device=self.table.device)
+        coefficients = torch.zeros(len(self.slot), self.layout.width, dtype=torch.float32, device=self.table.device)
         return self._replace(
             static=Static(
                 packed=self.table.flatten(0, 1),
@@ -114,11 +114,11 @@ class Slots:
             latent_shape=plan.latent_shape,
             dtype=plan.dtype,
             slot=torch.arange(slots, device=device),
-            table=torch.zeros(slots, plan.rows + 1, layout.width, device=device),
+            table=torch.zeros(slots, plan.rows + 1, layout.width, dtype=torch.float32, device=device),
             row=torch.zeros(slots, dtype=torch.int64, device=device),
             end=torch.zeros(slots, dtype=torch.int64, device=device),
-            planes=tuple(torch.zeros(slots, latents, P, device=device) for latents in planes),
-            noise=torch.zeros(slots, plan.ring_depth, plan.draws, P, device=device),
+            planes=tuple(torch.zeros(slots, latents, P, dtype=torch.float32, device=device) for latents in planes),
+            noise=torch.zeros(slots, plan.ring_depth, plan.draws, P, dtype=torch.float32, device=device),
             conditioning={
                 name: torch.zeros(slots, *spec.shape, dtype=spec.dtype, device=device)
                 for name, spec in plan.conditioning.items()

@@ -332,7 +332,7 @@ def pack(table: StepTable, layout: RowLayout) -> Tensor:
     rows, K, Z = len(table), table.memory, table.max_draws
     packed = table.A.new_zeros(rows, layout.width)
     packed[:, 0], packed[:, 1], packed[:, GUIDANCE], packed[:, 3], packed[:, 4] = (
-        table.timesteps, table.c_in, torch.ones(rows), table.lo, table.hi,
+        table.timesteps, table.c_in, torch.ones(rows, dtype=torch.float64), table.lo, table.hi,
     )  # fmt: skip
     clip, weights = packed[:, layout.scalars :].split([layout.memory + 1, layout.memory * layout.terms], dim=1)
     clip[:, :K], clip[:, layout.memory] = table.r[:, :K], table.r[:, K]

@@ -105,6 +105,16 @@ def test_the_same_change_gives_the_same_fingerprint(change: Callable[[Any], None
     assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_tensors_that_numpy_has_no_dtype_for_are_read_too(shape: tuple[int, ...]) -> None:
+    one = scheduler()
+    one.init_noise_sigma = torch.ones(shape, dtype=torch.bfloat16)
+    before = fingerprint(one)
+    assert fingerprint(one) is before
+    one.init_noise_sigma += 1
+    assert fingerprint(one) != before
+
+
 def test_functions_are_told_apart_by_what_they_do() -> None:
     """Two of one line, over the same values, are the same: each SASolver makes its own."""
 

@@ -544,6 +544,52 @@ def test_a_runtime_serves_hosts_in_inference_mode_and_others(mode: bool, built_i
     assert torch.equal(one, three)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_default_dtype_of_the_host_changes_nothing(pipe: Any, runtime: Runtime, dtype: torch.dtype) -> None:
+    request = Request(prompt="a handwritten two", steps=5, seed=1, scheduler="EulerAncestral")
+    expected = runtime.generate([request])[0].latents
+    torch.set_default_dtype(dtype)
+    try:
+        within = Runtime(pipe, max_batch=2, certify=False)
+        made = within.generate([request])[0].latents
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(made, expected)
+    assert torch.equal(within.generate([request])[0].latents, made)
+
+
+@pytest.mark.parametrize("row", [-1, 5, 2.0])
+def test_a_row_that_no_table_has_is_refused_and_stops_no_neighbour(
+    session: Session, runtime: Runtime, row: Any
+) -> None:
+    state = runtime.prepare(Request(prompt="a handwritten two", steps=4))
+    slot = session.add(state)
+    with pytest.raises(ValueError, match=rf"row: expected 0 to 4, the rows of DDIMScheduler's table, got {row}"):
+        session.add(replace(state, row=row))
+    assert finish(session, slot).finished
+    assert session.add(replace(state, row=4)) in session.step()  # finished as it came
+
+
+def test_a_runtime_that_is_closed_meanwhile_gives_the_results_that_it_made(pipe: Any) -> None:
+    own = Runtime(pipe, max_batch=2, certify=False)
+    with ThreadPoolExecutor(1) as elsewhere:
+        closing: list[Any] = []
+
+        def close_soon(*_: Any) -> None:
+            if not closing:
+                closing.append(elsewhere.submit(own.close))  # waits for the session, and is next
+
+        before = pipe.unet.register_forward_pre_hook(close_soon)
+        try:
+            results = own.generate(MIXED[:2])
+        finally:
+            before.remove()
+        closing[0].result(timeout=60)
+    assert [result.image is None for result in results] == [False, False]
+    with pytest.raises(RuntimeError, match="was closed"):
+        own.generate(MIXED[:2])
+
+
 def test_a_request_is_bitwise_the_same_whatever_runs_beside_it(session: Session, runtime: Runtime) -> None:
     """Same slot, same batch size; the neighbours' contents change, to NaN at the worst."""
     request = Request(prompt="a handwritten three", steps=5, seed=4, scheduler="DPMSolverMultistep")

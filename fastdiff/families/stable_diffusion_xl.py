@@ -79,7 +79,7 @@ class StableDiffusionXL(Family):
             "prompt_embeds": self.both(request, unconditional, conditional),
             "text_embeds": self.both(request, negative_pooled, pooled),
             "time_ids": self.both(request, time_ids, time_ids),
-            "guidance_rescale": torch.tensor(rescaled, device=self.device),
+            "guidance_rescale": torch.tensor(rescaled, dtype=torch.float32, device=self.device),
         }
 
     def decode(self, sample: Tensor) -> Tensor:
