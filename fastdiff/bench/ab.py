@@ -194,9 +194,14 @@ def _compare_exactly(bench: Bench, work: Sequence[Work]) -> dict[str, Any]:
 
     def measure(pair: Mapping[str, Process], one: Work) -> None:
         files = {side: [one.name, str(bench.folder / f"{side}.npy")] for side in SIDES}
-        ask_both(pair, "outputs", files)
-        results[one.name] = _parity(one, *(np.load(files[side][1]) for side in SIDES))
+
+        def results_now() -> dict[str, Any]:
+            ask_both(pair, "outputs", files)
+            return _parity(one, *(np.load(files[side][1]) for side in SIDES))
+
+        first = results_now()
         counted = ask_both(pair, "figures", {side: [one.name] for side in SIDES})
+        results[one.name] = results_now() if first["right"] else first  # as right after many requests as at first
         for side in SIDES:
             figures[side] |= {f"{name}: {one.name}": value for name, value in counted[side].items()}
 

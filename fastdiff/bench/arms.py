@@ -147,12 +147,12 @@ def alone(
     """
     run = Run(family, request, owner())
     loop = run.loop
-    while loop.unfinished:
-        with watch:
+    with watch:  # the whole loop: on a device each watch waits for it, and no other arm waits once a row
+        while loop.unfinished:
             timestep = loop.timesteps[loop.row].float()[None]
             output = family.denoiser(loop.model_input(), timestep, run.conditioning, run.guidance)
             loop.advance(output.to(family.dtype))
-        yield
+            yield
     return family.decode(loop.sample[0])
 
 
@@ -280,22 +280,27 @@ def images_of(
 
 def interleaved(bench: Workbench, arm: str, requests: Sequence[Request]) -> list[Tensor | Exception]:
     """Concurrent requests a row each in turn, each request's image or what it raised."""
-    watch = bench.stopwatch()
     if arm == "tensorized":
-        return list(tensorized(bench.runtime("eager", len(requests)), requests, watch))
+        return list(tensorized(bench.runtime("eager", len(requests)), requests, bench.stopwatch()))
     owner = OWNERS[arm]
     if arm == "shared-locked":
-        return list(served_in_turn(bench, owner, requests, watch))
-    return round_robin([alone(bench.family, request, partial(owner, request.scheduler), watch) for request in requests])
+        return list(served_in_turn(bench, owner, requests, bench.stopwatch()))
+    return round_robin(
+        [alone(bench.family, request, partial(owner, request.scheduler), bench.stopwatch()) for request in requests]
+    )
 
 
-def image_block(bench: Workbench, arm: str, requests: Sequence[Request], sequential: bool) -> Block:
-    """`images_of` as a timed block."""
+def image_block(
+    bench: Workbench, arm: str, requests: Sequence[Request], sequential: bool, lasts: list[Tensor] | None = None
+) -> Block:
+    """`images_of` as a timed block, which leaves its images in `lasts`."""
 
     def block() -> Sample:
         total, loop = bench.stopwatch(), bench.stopwatch()
         with torch.no_grad(), total:
-            images_of(bench, arm, requests, sequential, loop)
+            images = images_of(bench, arm, requests, sequential, loop)
+        if lasts is not None:
+            lasts[:] = images
         return Sample(total.seconds, loop.seconds or None, total.gpu_s)
 
     return block

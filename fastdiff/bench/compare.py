@@ -18,7 +18,7 @@ from fastdiff.bench.verdict import DELTA
 
 LEAST_ROUNDS = 20
 
-Hint = Literal["slower", "faster", "cannot tell"]
+Hint = Literal["slower", "faster", "cannot tell", "too few rounds"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ class Comparison:
 
     def exit_code(self, fail_on_time: bool) -> int:
         """3 where head is wrong or nothing can be compared, 1 where anything gated got worse, 4 where head could not
-        measure all of it, else 0: no head passes here that `run` fails for a wrong answer or a missing one."""
+        measure all of it, or no time was taken often enough to be judged where times are asked for, else 0: no head
+        passes here that `run` fails for a wrong answer or a missing one."""
         if self.wrong or (self.no_times and (self.no_figures or fail_on_time)) or (self.doubt and fail_on_time):
             return 3
         slower = bool(self.untimed) or any(time.hint == "slower" for time in self.times)
         if any(change.verdict == "REGRESSION" for change in self.changes) or (fail_on_time and slower):
             return 1
-        return 4 if self.missing else 0
+        unjudged = bool(self.times) and all(time.hint == "too few rounds" for time in self.times)
+        return 4 if self.missing or (fail_on_time and unjudged) else 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +119,9 @@ def markdown(compared: Comparison, base: str, head: str) -> str:
     same = f"{changed} changed" if changed else "none changed" if unmeasured else "all the same"
     same += f", {unmeasured} not measured" if unmeasured else ""
     lines += ["", f"Exact figures: {f'incomparable, {compared.no_figures}' if compared.no_figures else same}."]
-    apart = [time for time in compared.times if time.hint != "cannot tell"]
+    apart = [time for time in compared.times if time.hint in ("slower", "faster")]
+    few = sum(time.hint == "too few rounds" for time in compared.times)
+    fewer = f"; {few} have fewer and were not judged" if few else ""
     if apart:
         times = [
             (one.name, f"{one.base_s * 1e3:.4g} ms", f"{one.head_s * 1e3:.4g} ms", f"{one.change:+.1%}", one.hint)
@@ -131,8 +135,8 @@ def markdown(compared: Comparison, base: str, head: str) -> str:
         lines += [
             "",
             f"Times: {len(apart)} of {len(compared.times)} are apart: from one quartile to the other by more than "
-            f"{DELTA:.0%}, {LEAST_ROUNDS} rounds or more on each side. They were not taken in pairs, so this is a hint "
-            "and no verdict; `ab` gives one.",
+            f"{DELTA:.0%}, {LEAST_ROUNDS} rounds or more on each side{fewer}. They were not taken in pairs, so this is "
+            "a hint and no verdict; `ab` gives one.",
         ]
     if compared.doubt:
         lines += ["", f"No time is to be believed: {compared.doubt}."]
@@ -188,7 +192,9 @@ def _benchmarks(report: Report) -> dict[str, Mapping[str, Any]]:
 def _time(name: str, base: Mapping[str, Any], head: Mapping[str, Any]) -> Time:
     before, after = base["stats"], head["stats"]
     hint: Hint = "cannot tell"
-    if min(before["rounds"], after["rounds"]) >= LEAST_ROUNDS and base.get("params") == head.get("params"):
+    if min(before["rounds"], after["rounds"]) < LEAST_ROUNDS:
+        hint = "too few rounds"
+    elif base.get("params") == head.get("params"):
         if after["q1"] > before["q3"] * (1 + DELTA):
             hint = "slower"
         elif before["q1"] > after["q3"] * (1 + DELTA):

@@ -19,6 +19,7 @@ from fastdiff.bench.arms import Workbench, requests_of
 from fastdiff.bench.rows import RowBench, count_steps, count_tables
 from fastdiff.bench.suite import CountCase, RowCase
 from fastdiff.bench.vram import live_tensors, storage_bytes, vram_peak
+from fastdiff.bench.worker import counted
 from fastdiff.capture import own_code, step_function
 from fastdiff.plan import CapturePlan, shipped
 from fastdiff.request import Request
@@ -54,6 +55,7 @@ def figures(bench: Workbench) -> dict[str, Value]:
                 *(figure for case in suite.load("run").count for figure in _sampler_rows(bench, case)),
                 *(_rows_on_cuda(bench) if bench.device.type == "cuda" else _emulated_rows(bench)),
                 *_compilation(bench),
+                *_served(bench),
                 *_state(),
                 *_kept(bench),
             ]
@@ -161,6 +163,25 @@ def _graph_breaks() -> int:
     from torch._dynamo.utils import counters  # a second's import, for the commands that count
 
     return sum(counters["graph_break"].values())
+
+
+def _served(bench: Workbench) -> Iterator[Figure]:
+    """All that a session does for prepared requests: the loads, the noise, whatever it does around each step."""
+    runtime = bench.runtime("eager", BATCHES[-1])
+    states = [runtime.prepare(request) for request in _requests(bench)]
+
+    def serve() -> None:
+        with runtime.session() as session:
+            slots = [session.add(state) for state in states]
+            while len(session.step()) < len(slots):
+                pass
+            for slot in slots:
+                session.take(slot)
+
+    serve()
+    operations, syncs = counted(serve)
+    yield f"ops of a session: {len(states)} requests", operations
+    yield f"host syncs of a session: {len(states)} requests", syncs
 
 
 def _state() -> Iterator[Figure]:

@@ -250,7 +250,8 @@ def measure_rows(
     rule: StopRule,
     unsupported: Mapping[str, str] | None = None,
 ) -> Entry:
-    """The arms checked, then timed in turns; one whose answer is wrong is not timed. Every raw sample is in the entry.
+    """The arms checked, then timed in turns, and checked again each time; one whose answer is wrong has no times. Every
+    raw sample is in the entry.
 
     `unsupported`: arms that cannot run here, and why.
     """
@@ -262,11 +263,14 @@ def measure_rows(
     allowed = {arm.name: arm.tolerance for arm in arms}
     valid = {arm.name: arm for arm in arms if errors[arm.name] <= allowed[arm.name]}  # NaN is not
     compared = [pair for pair in pairs if set(pair) <= valid.keys()]
-    blocks = {name: _block(arm, work) for name, arm in valid.items()}
+    blocks = {name: _block(arm, work, errors) for name, arm in valid.items()}
     samples = interleave(blocks, compared, rule, seed=0) if blocks else {}
+    wrong = {name for name, error in errors.items() if not error <= allowed[name]}
+    samples = {name: own for name, own in samples.items() if name not in wrong}
+    compared = [pair for pair in compared if wrong.isdisjoint(pair)]
     entries: dict[str, Entry] = {}
     for name, error in errors.items():
-        right = name in valid
+        right = name not in wrong
         own = [sample for sample in samples.get(name, ()) if isinstance(sample, RowSample)]
         entries[name] = {
             "status": "ok" if right else "INVALID",
@@ -290,8 +294,8 @@ def measure_rows(
     }
 
 
-def _block(arm: Arm, work: Work) -> Block:
-    """All rows of a schedule by the device's events, begun with nothing under way."""
+def _block(arm: Arm, work: Work, errors: dict[str, float]) -> Block:
+    """All rows of a schedule by the device's events, begun with nothing under way; `errors` keeps the arm's worst."""
     rows, device = work.steps, work.device
 
     def block() -> Sample:
@@ -312,6 +316,8 @@ def _block(arm: Arm, work: Work) -> Block:
             host_s = (time.perf_counter() - started) / rows
             ended.synchronize()
             row_s = begun.elapsed_time(ended) / 1e3 / rows
+        error = arm.error()
+        errors[arm.name] = error if math.isnan(error) else max(errors[arm.name], error)
         return RowSample(row_s, host_s=host_s, start_s=setup.seconds)
 
     return block

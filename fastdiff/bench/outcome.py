@@ -25,6 +25,9 @@ CANARIES = {"a_a": "the same work twice", "slower_10_percent": "a tenth more wor
 """Comparisons whose outcome is known beforehand, as a report and a reader call them."""
 
 
+LEAST_ERROR = 1e-5  # of float32 against float64, relative: no table is wrong for less
+
+
 class Wrong(NamedTuple):
     """One wrong answer: the section of the report that it is in, the case, who gave it, and why it is wrong."""
 
@@ -127,7 +130,8 @@ def wrong_answers(report: Report) -> list[Wrong]:
     """Everything that this run shows to be wrong: no other code decides what is.
 
     An arm whose samples differ from the reference; interleaved requests that went wrong on an owner that isolates them
-    (that a shared one lets them go wrong is what it is there to show); a table that led to infinities or NaN.
+    (that a shared one lets them go wrong is what it is there to show); a table that led to infinities or NaN, or that
+    errs more than twice as much against float64 as diffusers does.
     """
     found = []
     for section in ("images", "rows"):
@@ -142,6 +146,9 @@ def wrong_answers(report: Report) -> list[Wrong]:
     for one in report["errors"]:
         if one["fastdiff"] is None:
             found.append(Wrong("errors", one["sampler"], "tensorized", "infinities or NaN against float64"))
+        elif one["fastdiff"] > (allowed := max(LEAST_ERROR, 2 * (one["diffusers"] or 0.0))):
+            reason = f"differs from float64 by {one['fastdiff']:.2g}, more than {allowed:.2g}"
+            found.append(Wrong("errors", one["sampler"], "tensorized", reason))
     return found
 
 

@@ -230,8 +230,12 @@ def _said_of_gates(options: argparse.Namespace, report: Report) -> list[str]:
         return []
     missing = unmeasured(report)
     said = [f"not measured: {name}" for name in missing]
-    if options.update_baseline:
-        said.append(f"wrote {gates.save(measured['key'], measured['figures'])}")
+    if options.update_baseline and (wrong := wrong_answers(report)):
+        said.append(f"no baseline is written: {len(wrong)} wrong answers, of which nobody knows what they cost")
+    elif options.update_baseline:
+        known = gates.baseline(measured["key"]) or {}
+        figures = {name: known.get(name) if value is None else value for name, value in measured["figures"].items()}
+        said.append(f"wrote {gates.save(measured['key'], figures)}")
     elif measured["changes"] is None:
         return [*said, f"incomparable: reports/baselines has no exact figures of {measured['key']} and this model"]
     changes = [one for one in measured["changes"] or () if one["name"] not in missing]

@@ -103,13 +103,29 @@ def test_a_small_change_and_too_few_rounds_cannot_be_told(base: Any, head: Any) 
     slow_down(head, CASE, "tensorized/eager", 1.01)
     few = next(case for case in head["images"] if case["name"] == "mixed")["arms"]["tensorized/eager"]
     few["total_s"] = [9.0] * 19
-    assert {time.hint for time in compare(base, head).times} == {"cannot tell"}
+    compared = compare(base, head)
+    hints = {time.name: time.hint for time in compared.times}
+    assert hints["run::mixed[tensorized/eager]"] == "too few rounds"
+    assert set(hints.values()) == {"cannot tell", "too few rounds"}
+    count = list(hints.values()).count("too few rounds")
+    assert f"; {count} have fewer and were not judged." in markdown(compared, "base", "head")
+
+
+def test_times_that_were_asked_for_and_could_not_be_judged_are_no_pass(base: Any, head: Any) -> None:
+    for report in (base, head):
+        for case in (*report["rows"], *report["images"]):
+            for arm in case["arms"].values():
+                arm["total_s"] = [9.0 if report is head else 1.0] * 12
+        report["setup"] = []
+    compared = compare(base, head)
+    assert {time.hint for time in compared.times} == {"too few rounds"}
+    assert (compared.exit_code(False), compared.exit_code(True)) == (0, 4)
 
 
 def test_another_case_under_the_same_name_cannot_be_told(base: Any, head: Any) -> None:
     slow_down(head, CASE, "tensorized/eager", 3.0)
     next(case for case in head["rows"] if case["name"] == CASE)["steps"] = 60
-    assert {time.hint for time in compare(base, head).times} == {"cannot tell"}
+    assert {time.hint for time in compare(base, head).times if CASE in time.name} == {"cannot tell"}
 
 
 def test_an_arm_that_is_no_longer_timed_is_named(tmp_path: Path, base: Any, head: Any) -> None:
@@ -120,6 +136,14 @@ def test_an_arm_that_is_no_longer_timed_is_named(tmp_path: Path, base: Any, head
     }
     assert "- no longer timed: run::DDIM[diffusers]" in markdown(compared, "base", "head")
     assert (compared.exit_code(False), compared.exit_code(True)) == (0, 1)
+
+
+@pytest.mark.parametrize(("diffusers", "error", "code"), [(1e-4, 1.9e-4, 0), (1e-4, 2.1e-4, 3), (1e-7, 0.9, 3)])
+def test_an_error_of_more_than_twice_diffusers_own_is_wrong(
+    tmp_path: Path, base: Any, head: Any, diffusers: float, error: float, code: int
+) -> None:
+    head["errors"][0] |= {"diffusers": diffusers, "fastdiff": error}
+    assert command(tmp_path, base, head) == code
 
 
 @pytest.mark.parametrize(

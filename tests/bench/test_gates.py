@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import stages
-from fastdiff.bench import gates, rows
+from fastdiff.bench import gates, rows, schema
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.gates import Change, baseline, compare, figures, key, save
+from fastdiff.bench.run import _said_of_gates
 from fastdiff.bench.suite import CountCase
 from fastdiff.denoiser import Denoiser
 from fastdiff.families import Family
 from fastdiff.plan import CapturePlan
+from fastdiff.runtime import Session
 from fastdiff.slots import Batch
 from fastdiff.state import RequestState
 from fastdiff.step import denoise_step
@@ -118,6 +121,41 @@ def test_one_more_operation_or_sync_is_named(
             assert name.startswith(figure)
             assert base is not None
             assert head == base + 1
+
+
+def test_a_baseline_is_of_right_answers_and_keeps_what_could_not_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    report = schema.load(root / "reports" / "digits-cpu-1")
+    monkeypatch.chdir(tmp_path)
+    measured = report["gates"]
+    save(measured["key"], {"ops": 3, "lost": 4})
+    measured["figures"], options = {"ops": 5, "lost": None}, argparse.Namespace(update_baseline=True)
+    arm = report["rows"][0]["arms"]["tensorized/eager"]
+    arm["status"], arm["reason"] = "INVALID", "planted"
+    assert "no baseline is written: 1 wrong answers" in "".join(_said_of_gates(options, report))
+    assert baseline(measured["key"]) == {"ops": 3, "lost": 4}
+    arm["status"] = "ok"
+    _said_of_gates(options, report)
+    assert baseline(measured["key"]) == {"ops": 5, "lost": 4}
+
+
+def test_a_sync_of_the_session_beside_its_steps_is_named(
+    bench: Workbench, known: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Session.step
+
+    def looks(session: Session) -> list[int]:
+        float(session._slots.read(0, 1).sum())
+        return step(session)
+
+    monkeypatch.setattr(Session, "step", looks)
+    worse = regressions(gates._served(bench), known)
+    base, head = worse["host syncs of a session: 8 requests"]
+    assert base == 0
+    assert head is not None
+    assert head >= gates.ROWS
 
 
 def test_a_tensor_kept_for_each_request_is_named(

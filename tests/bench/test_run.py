@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdiff.bench import arms, canary, cells, gates, schema
 from fastdiff.bench.__main__ import main
@@ -19,6 +20,7 @@ from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import FateCase, Suite, load, parse
 from fastdiff.bench.summary import summarize
 from fastdiff.bench.tables import attribution_table, tables
+from fastdiff.slots import Slots
 from tests.families.tiny_pipelines import shared
 
 
@@ -174,6 +176,52 @@ def test_a_fast_wrong_answer_is_invalid(tiny_pipe: Any, monkeypatch: pytest.Monk
     assert [target["met"] for target in report["summary"]["targets"]] == [False]
     assert "no valid pair" in markdown_table(attribution_table(report))
     assert "INVALID: a wrong answer" in markdown(report)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("section", ["images", "rows"])
+def test_an_answer_that_goes_wrong_while_it_is_timed_is_invalid(
+    section: str, tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right in every check before the clock runs: the fourth pass and those after it take a short cut."""
+    calls, arm = 0, "tensorized/eager"
+    if section == "images":
+        serve = arms.tensorized
+
+        def hurried(runtime: Any, requests: Any, watch: Any) -> list[Tensor]:
+            nonlocal calls
+            calls += 1
+            made = serve(runtime, requests, watch)
+            return made if calls < 4 else [torch.zeros_like(image) for image in made]
+
+        monkeypatch.setattr(arms, "tensorized", hurried)
+        base = "shared-locked/eager"
+        one = {**IMAGE_SUITE["image"][0], "arms": [base, arm], "compare": [[base, arm]]}
+    else:
+        read = Slots.read
+
+        def stale(slots: Slots, slot: int, memory: int) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return read(slots, slot, memory) * (1.0 if calls < 4 else 0.5)
+
+        monkeypatch.setattr(Slots, "read", stale)
+        one = {
+            "name": "row",
+            "samplers": ["Euler"],
+            "latent_shape": [1, 2, 3],
+            "batch": 1,
+            "steps": 3,
+            "modes": ["eager"],
+        }
+    suite = {"threads": 1, "row_max_s": 0, "max_pairs": 8, section.removesuffix("s"): [one]}
+    (case,) = measured(tiny_pipe, parse(suite))[section]
+    assert calls >= 4
+    assert case["arms"][arm]["status"] == "INVALID"
+    assert case["arms"][arm]["total_s"] == []
+    assert "differs from the reference by" in case["arms"][arm]["reason"]
+    assert case["comparisons"] == []
+    assert [one["status"] for name, one in case["arms"].items() if name != arm] == ["ok"]
 
 
 @pytest.fixture(scope="module")
