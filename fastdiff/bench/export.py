@@ -73,7 +73,7 @@ def junit(report: Report) -> str:
     A wrong answer, a figure that got worse and a canary that misbehaved are failures, what could not be measured is an
     error. A case none of whose comparisons came to a conclusion is skipped. An arm slower than another is a result.
     """
-    suite = ElementTree.Element("testsuite", name=f"fastdiff.bench: {report['suite']}")
+    suite = ElementTree.Element("testsuite", name=_legal(f"fastdiff.bench: {report['suite']}"))
     compared = list(outcome.comparisons(report))
     wrong = outcome.wrong_answers(report)
     for case in (*report["images"], *report["rows"]):

@@ -78,12 +78,17 @@ def main(options: argparse.Namespace) -> int:
         for cell in cells:
             sys.stdout.write(f"{cell.tier}  {ended.get(cell.name, 'not reached'):12}{cell.name}\n")
         return 0
-    kind = {"device": settings.device.type, "tiny": options.tiny, "torch": torch.__version__}
+    fingerprint = (machine.fingerprint_apart if settings.on_cuda else machine.fingerprint)(settings.device)
+    kind = {
+        "device": settings.device.type,
+        "gpu": fingerprint["gpu"] and fingerprint["gpu"]["name"],
+        "tiny": options.tiny,
+        "torch": torch.__version__,
+    }
     for record in journal.read():
         if record["event"] == "run" and record["settings"] != kind:
             refuse(f"--out: {options.out} has the journal of {record['settings']}, got {kind}; name another folder")
     options.out.mkdir(parents=True, exist_ok=True)
-    fingerprint = (machine.fingerprint_apart if settings.on_cuda else machine.fingerprint)(settings.device)
     (options.out / "machine.json").write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
     planned = [{"tier": cell.tier, "cell": cell.name} for cell in cells]
     journal.append(

@@ -38,10 +38,10 @@ Errors of real geometries are against diffusers in float32, those of the null mo
 class Outcome:
     """An attempt at a cell."""
 
-    code: str | None = None  # a hash of what ran
+    code: str | None = None  # a hash of what ran; None if it died before it could tell
     status: str = "cut"  # until its end is journalled
     reason: str | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # None until then
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -64,21 +64,23 @@ def attempts(records: Sequence[Record]) -> dict[str, Outcome]:
     kept: dict[str, Outcome] = {}
     found: dict[str, Outcome] = {}
     for record in records:
-        name = record.get("cell", "")
-        if record["event"] == "start":
-            if name in found:
+        name, event = record.get("cell", ""), record["event"]
+        former = found.get(name)
+        # An end without a start: the cell's process died before it could journal one.
+        if event == "start" or (event == "end" and (former is None or former.seconds is not None)):
+            if former is not None:
                 kept[name] = _better(kept.get(name), found.pop(name))  # the order is that of the last attempts
-            found[name] = Outcome(record["code"])
-        elif record["event"] == "entry":
+            found[name] = Outcome(record.get("code"))
+        if event == "entry":
             found[name].entries.append(record["entry"])
-        elif record["event"] == "end":
-            one = found.setdefault(name, Outcome())  # its process may have died before it began
+        elif event == "end":
+            one = found[name]
             one.status, one.reason, one.seconds = record["status"], record["reason"], record["seconds"]
     return {name: _better(kept.get(name), one) for name, one in found.items()}
 
 
 def _better(former: Outcome | None, one: Outcome) -> Outcome:
-    if former is None or one.status in MEASURED or former.code != one.code:
+    if former is None or one.status in MEASURED or one.code not in (None, former.code):
         return one
     further = former.status in MEASURED or len(former.entries) > len(one.entries)
     return former if further else one

@@ -5,19 +5,22 @@ A kill may tear the last line: whoever reads drops it, whoever writes next write
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fastdiff
 
 RUNS = Path("reports", "runs")
 NAME = "journal.jsonl"
+REPORT = "report.json"  # only a run that has finished has one
 SAME = ("suite", "only", "seed", "model", "machine", "commit")
 """What a run and its continuation have in common, besides which the first line holds when and how the run started."""
 
@@ -65,31 +68,37 @@ class Journal:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a journal, whichever process wrote it; none where there is no file."""
-    return [json.loads(line) for line in _whole_lines(path).splitlines()]
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [json.loads(line) for line in _whole_lines(file).splitlines()]
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Add a line, and wait until the disk has it. ValueError for what JSON cannot hold."""
     text = json.dumps(line, allow_nan=False) + "\n"
-    whole = _whole_lines(path)
-    with path.open("ab") as file:
-        file.truncate(len(whole))
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: what looks torn may be another process's, half written
+        file.truncate(len(_whole_lines(file)))
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> bytes:
-    written = path.read_bytes() if path.exists() else b""
+def _whole_lines(file: BinaryIO) -> bytes:
+    file.seek(0)
+    written = file.read()
     return written[: written.rfind(b"\n") + 1]
 
 
 def unfinished() -> Path:
-    """The folder of the newest run that was started here. CannotResume where there is none."""
-    folders = sorted(path.parent for path in RUNS.glob(f"*/{NAME}"))
+    """The folder of the newest run that was started here and has no report. CannotResume where there is none."""
+    started = (path.parent for path in RUNS.glob(f"*/{NAME}"))
+    # Other commands keep journals beside those of runs, which alone are named by their time.
+    folders = [one for one in started if re.fullmatch(r"\d{8}-\d{6}", one.name) and not (one / REPORT).exists()]
     if not folders:
-        raise CannotResume(f"{RUNS}: no run has been started here")
-    return folders[-1]
+        raise CannotResume(f"{RUNS}: no run has been started here that has not finished; start a new run")
+    return max(folders)
 
 
 def now() -> str:

@@ -148,6 +148,12 @@ class Suite:
     target: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("threads", "max_pairs"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"the file: {name}: expected a whole number >= 1, got {count!r}")
+        if not (isinstance(self.level, float) and 0 < self.level < 1):
+            raise ValueError(f"the file: level: expected a number between 0 and 1, got {self.level!r}")
         for case in self.image:
             _check_arms(case)
         if len({*(case.name for case in self.image), *(case.name for case in self.row)}) != len(self.image) + len(
@@ -197,6 +203,7 @@ class Suite:
                     "samplers": (scheduler,) if scheduler else None,
                     "mixes": ((scheduler,),) if scheduler else None,
                     "steps": (steps,) if steps and name == "image" else steps,
+                    "unequal": steps + 2 if steps else None,  # not as many as the first request's
                 }
                 changed = replace(case, **{k: v for k, v in wanted.items() if v is not None and hasattr(case, k)})
                 nameless = replace(changed, name="") if isinstance(changed, (ImageCase, RowCase)) else changed
@@ -204,7 +211,8 @@ class Suite:
             changes[name] = tuple(kept.values())
         names = {case.name for case in (*changes["image"], *changes["row"])}
         changes["attribution"] = tuple(step for step in self.attribution if step.case in names)
-        return replace(self, **changes, no_gain=() if scheduler else self.no_gain, target=())
+        changes["no_gain"] = tuple(step for step in self.no_gain if step.case in names and not scheduler)
+        return replace(self, **changes, target=())
 
 
 _CASES: Mapping[str, type[Any]] = {
@@ -233,15 +241,19 @@ def find(name: str) -> Path:
 
 def parse(document: Mapping[str, Any]) -> Suite:
     """A suite from a parsed TOML file."""
-    lists = {
-        name: tuple(read(kind, f"[[{name}]]", table) for table in document.get(name, ()))
-        for name, kind in _LISTS.items()
-    }
+    lists: dict[str, Any] = {}
+    for name, kind in _LISTS.items():
+        tables = document.get(name, ())
+        if not isinstance(tables, (list, tuple)):
+            raise ValueError(f"the file: {name}: expected a list of tables, each under [[{name}]], got {tables!r}")
+        lists[name] = tuple(read(kind, f"[[{name}]]", table) for table in tables)
     return read(Suite, "the file", {**document, **lists})
 
 
 def read(kind: type[T], where: str, table: Mapping[str, Any]) -> T:
     """A dataclass from a table of the file, every list a tuple; `where` is for the error of a key that does not fit."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where}: expected a table, got {table!r}")
     known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]  # dataclasses only
     for key in table:
         if key not in known:

@@ -285,6 +285,11 @@ def test_junit_skips_a_case_only_if_no_comparison_came_to_a_conclusion() -> None
     assert len(outcomes(report)["images: skipped"]) >= max(1, skipped)
 
 
+def test_junit_names_a_suite_without_what_xml_cannot_write() -> None:
+    report = committed() | {"suite": "mine\x07\x00<&"}
+    assert ElementTree.fromstring(junit(report)).attrib["name"] == "fastdiff.bench: mine??<&"
+
+
 def test_csv_has_the_figures_of_the_report() -> None:
     report = committed()
     rows = pandas.read_csv(io.StringIO(csv(report)))

@@ -201,14 +201,19 @@ def test_bad_arguments(
     assert expected in capsys.readouterr().err
 
 
-def test_a_journal_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("changed", [{"torch": "1.0"}, {"gpu": "NVIDIA H200"}])
+def test_a_journal_of_other_settings_is_refused(
+    changed: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = parsed("--device", "cpu", "--tiny", "--budget-s", "1e-9", "--out", str(tmp_path))
     main(options)
     journal = Journal(tmp_path / "journal.jsonl")
     (begun,) = journal.read()
-    journal.append(**begun | {"settings": begun["settings"] | {"torch": "1.0"}})
-    with pytest.raises(SystemExit):
+    assert begun["settings"]["gpu"] is None
+    journal.append(**begun | {"settings": begun["settings"] | changed})
+    with pytest.raises(SystemExit) as stopped:
         main(options)
+    assert stopped.value.code == 2
     assert "name another folder" in capsys.readouterr().err
 
 
@@ -224,6 +229,26 @@ def test_a_process_that_dies_is_journalled_as_that(journal: Journal) -> None:
     measure_apart(parsed("--device", "cpu", "--tiny", "--out", out), cell("none of that name"), journal, 120.0)
     (end,) = journal.read()
     assert (end["status"], end["reason"]) == ("failed", "its process ended with code 1")
+
+
+def test_a_process_that_dies_before_its_start_takes_no_good_end_from_its_cell(journal: Journal) -> None:
+    measured = records_of("one", *made_up())
+    died = {**measured[-1], "status": "failed", "reason": "its process ended with code 1"}
+    assert outcomes([*measured, died]) == {"one": "ok"}
+    assert markdown([*measured, died]) == markdown(measured)
+    assert outcomes([*measured, died, died]) == {"one": "ok"}
+    assert outcomes([died, *measured]) == {"one": "ok"}
+    for record in [*measured, died]:
+        journal.append(**record)
+    before = len(journal.read())
+    run([cell("one", NOTE)], journal)
+    assert len(journal.read()) == before  # nothing is missing
+
+    # What was cut keeps its entries; what of other code begins and fails is the last word.
+    cut = [*measured[:-1], {**measured[-1], "status": "cut"}]
+    assert markdown([*cut, died]) == markdown(cut)
+    failed = [{**measured[1], "code": "b"}, died]
+    assert outcomes([*measured, died, *failed]) == {"one": "failed"}
 
 
 def test_a_run_that_is_ended_journals_the_cell_that_it_was_in(journal: Journal) -> None:
@@ -331,6 +356,30 @@ def test_a_wrong_arm_is_invalid_and_not_timed(wrong: str) -> None:
     assert "- one: planted: INVALID: differs" in page.partition("## one")[0]
 
 
+def test_an_arm_that_goes_wrong_while_it_is_timed_has_no_times() -> None:
+    """Right when it is checked first, and for one schedule more: a graph of weights that moved away, say."""
+    work = small_work()
+    slots, calls = slots_of(work), 0
+    good = Steps(null_model, slots)
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= 2 * work.steps:
+            good(2)
+
+    arms: list[Arm] = [
+        DiffusersRows("cloned-deepcopy", work, cloned_deepcopy, None), SlotRows("planted", work, slots, step),
+    ]  # fmt: skip
+    with torch.no_grad():
+        entry = measure_rows(arms, work, [("cloned-deepcopy", "planted")], RULE)
+    assert calls > 2 * work.steps
+    assert entry["arms"]["planted"]["status"] == "INVALID"
+    assert entry["arms"]["planted"]["row_s"] == []
+    assert entry["pairs"] == []
+    assert entry["arms"]["cloned-deepcopy"]["status"] == "ok"
+
+
 def test_one_scheduler_for_all_is_right_while_they_sample_alike() -> None:
     work = small_work(("UniPCMultistep", "UniPCMultistep"))
     arms = [
@@ -374,7 +423,11 @@ def test_a_model_alone_is_held_against_its_own_output() -> None:
 
 def records_of(name: str, *entries: Entry, status: str = "ok", tiny: bool = False) -> list[dict[str, Any]]:
     planned = [{"tier": "A", "cell": name}, {"tier": "B", "cell": "never begun"}]
-    run_of = {"settings": {"device": "cuda", "tiny": tiny}, "machine": "a machine", "commit": "c0ffee"}
+    run_of = {
+        "settings": {"device": "cuda", "gpu": "NVIDIA H200", "tiny": tiny},
+        "machine": "a machine",
+        "commit": "c0ffee",
+    }
     return [
         {"event": "run", "at": "today", **run_of, "cells": planned},
         {"event": "start", "cell": name, "code": "a"},

@@ -55,6 +55,7 @@ CELL = {"tier": "A", "name": "c", "measure": "rows", "geometry": "sd15-512", "ba
         ({"null_model": {**NULL_MODEL, "arms": ["cloned"]}}, "null_model: expected arms of shared, .*, got 'cloned'"),
         ({"rows": {**ROWS, "arms": ["shared"]}}, "rows: expected arms of cloned-deepcopy/eager, .*, got 'shared'"),
         ({"rows": {**ROWS, "arms": ["model/graph"]}}, "rows: compare: expected arms of model/graph, got"),
+        ({"rows": 3}, r"^\[rows\]: expected a table, got 3$"),
         ({"cell": [CELL, CELL]}, "two cells have the name 'c'"),
         ({"cell": [{**CELL, "tier": "D"}]}, "c: expected a tier of A, B, C, got 'D'"),
         ({"cell": [{**CELL, "measure": "row"}]}, "c: expected a measure of tests, .*, got 'row'"),

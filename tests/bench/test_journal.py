@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,13 +11,14 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from fastdiff.bench import schema
 from fastdiff.bench.__main__ import main
-from fastdiff.bench.journal import CannotResume, Journal, commit, stamp
+from fastdiff.bench.journal import RUNS, CannotResume, Journal, append_line, commit, read_lines, stamp, unfinished
 
 ROOT = Path(__file__).parents[2]
 SUITE = """
@@ -189,6 +191,70 @@ def test_a_folder_without_a_journal_is_refused(
             main(["--quick", "--resume", *given])
         assert stopped.value.code == 2
         assert reason in capsys.readouterr().err
+
+
+def test_the_newest_run_without_a_report_is_the_one_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CannotResume, match="no run has been started here that has not finished; start a new run"):
+        unfinished()
+    for name in ("20251231-235959", "20260101-000000", "20260102-000000", "gpu", "zz-20260103-000000"):
+        Journal.start(RUNS / name, HEADER)
+    (RUNS / "20260104-000000").mkdir()  # which has no journal
+    assert unfinished() == RUNS / "20260102-000000"
+    (RUNS / "20260102-000000" / "report.json").touch()
+    assert unfinished() == RUNS / "20260101-000000"
+    for name in ("20251231-235959", "20260101-000000"):
+        (RUNS / name / "report.json").touch()
+    with pytest.raises(CannotResume, match="no run has been started here that has not finished"):
+        unfinished()
+
+
+def test_two_processes_that_append_to_one_journal_lose_no_line(tmp_path: Path) -> None:
+    path, count = tmp_path / "journal.jsonl", 500
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from fastdiff.bench.journal import append_line\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        f"for number in range({count}):\n"
+        f"    append_line(Path({str(path)!r}), {{'who': sys.argv[1], 'number': number, 'text': 'x' * 2000}})\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, who], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for who in "ab"
+    ]  # fmt: skip
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in both] == [0, 0]
+    lines = read_lines(path)
+    for who in "ab":
+        assert [line["number"] for line in lines if line["who"] == who] == list(range(count))
+
+
+def test_a_line_that_another_process_is_writing_is_not_taken_for_a_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    other = Thread(target=append_line, args=(path, {"title": "b"}))
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b'{"title": ')
+        other.start()
+        other.join(0.2)
+        file.write(b'"a"}\n')
+    other.join(60)
+    assert read_lines(path) == [{"title": "a"}, {"title": "b"}]
 
 
 def test_a_report_is_stamped_with_its_command_and_when_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

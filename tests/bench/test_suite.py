@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastdiff.bench.__main__ import main
 from fastdiff.bench.cells import pieces
 from fastdiff.bench.suite import load, parse, split
 
@@ -80,11 +82,29 @@ def test_the_run_compiles_at_most_four_callables() -> None:
             {**MINIMAL, "row": [ROW], "target": [{"label": "t", "case": "q", "base": "diffusers", "arms": ["x"]}]},
             "no case 'q' compares",
         ),
+        ({**MINIMAL, "threads": "2"}, "^the file: threads: expected a whole number >= 1, got '2'$"),
+        ({**MINIMAL, "threads": True}, "^the file: threads: expected a whole number >= 1, got True$"),
+        ({**MINIMAL, "threads": 0}, "^the file: threads: expected a whole number >= 1, got 0$"),
+        ({**MINIMAL, "max_pairs": 0}, "^the file: max_pairs: expected a whole number >= 1, got 0$"),
+        ({**MINIMAL, "level": 1.0}, r"^the file: level: expected a number between 0 and 1, got 1\.0$"),
+        ({**MINIMAL, "image": 3}, r"^the file: image: expected a list of tables, each under \[\[image\]\], got 3$"),
+        ({**MINIMAL, "image": [3]}, r"^\[\[image\]\]: expected a table, got 3$"),
+        ({**MINIMAL, "row": ROW}, r"^the file: row: expected a list of tables, each under \[\[row\]\], got {"),
     ],
 )
 def test_what_has_no_meaning_is_refused(document: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(document)
+
+
+@pytest.mark.parametrize("line", ['threads = "2"', "threads = 0", "threads = 1\nimage = 3", "threads = 1\nlevel = 1.0"])
+def test_the_command_refuses_it_in_one_line(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd.toml").write_text(f"row_max_s = 1\n{line}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--suite", str(tmp_path / "odd.toml"), "--list"])
+    assert stopped.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "--suite: the file: " in said
 
 
 def test_a_cuda_device_has_a_captured_arm_beside_every_compiled_one() -> None:
@@ -130,3 +150,21 @@ def test_overrides_reach_every_case_and_drop_what_they_made_meaningless() -> Non
     assert all(step.case in names for step in suite.attribution)
     assert len(suite.row) < len(load("run").row)
     assert load("run").override(batch=None, scheduler=None, steps=None) == load("run")
+
+
+@pytest.mark.parametrize("name", ["run", "smoke", "ci"])
+def test_no_override_leaves_a_name_of_a_case_that_is_gone(name: str) -> None:
+    whole = load(name)
+    for batch, scheduler, steps in product((None, 1, 8), (None, "Euler", "PNDM"), (None, 1, 6)):
+        suite = whole.override(batch=batch, scheduler=scheduler, steps=steps)  # which refuses such a name
+        names = {case.name for case in suite.image} | {case.name for case in suite.row}
+        assert {step.case for step in suite.no_gain} <= names
+    alone = load("ci").override(batch=1, scheduler=None, steps=None)
+    assert 0 < len(alone.no_gain) < len(load("ci").no_gain)  # what refers to a case that is left, stays
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_fates_of_unequal_steps_stay_unequal_under_an_override(steps: int) -> None:
+    (fate,) = load("ci").override(batch=None, scheduler=None, steps=steps).fate
+    assert (fate.steps, fate.unequal) == (steps, steps + 2)
+    assert load("ci").override(batch=2, scheduler=None, steps=None).fate == load("ci").fate
