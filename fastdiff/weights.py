@@ -19,6 +19,7 @@ _SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _TREE = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training", *_TREE, *_HOOKS}  # gradients, state dicts: no forward sees them
+_FREEU = ("s1", "s2", "b1", "b2")  # of a UNet's up blocks, where `enable_freeu` puts them
 _ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of a layer of peft
 
 _Address = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
@@ -91,7 +92,8 @@ class Weights:
 class Settings:
     """What pipelines and callbacks change of `model` in mid-call, found once and read before every forward.
 
-    Which attention processors run, with what numbers (an IP-Adapter's scale); which adapters are active, how strongly.
+    Which attention processors run, with what numbers (an IP-Adapter's scale); which adapters are active, how strongly;
+    FreeU's factors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,8 +101,10 @@ class Settings:
         self._attention = [module for module in modules if getattr(module, "processor", None) is not None]
         self._adapters = [vars(module) for module in modules if is_adapter(module)]
         numbers = [vars(module.processor) for module in self._attention if hasattr(module.processor, "__dict__")]
+        self._blocks = [vars(block) for block in getattr(model, "up_blocks", ())]
         self.places = frozenset(
             [(id(own), name) for own in self._adapters for name in _ADAPTER]
+            + [(id(own), name) for own in self._blocks for name in _FREEU]
             + [(id(own), name) for own in numbers for name, value in own.items() if _is_setting(value)]
         )
 
@@ -119,6 +123,7 @@ class Settings:
             names = (active,) if isinstance(active, str) else tuple(active)
             scales = [_rounded(scaling[name]) for name in names if name in scaling]
             values.append((names, own.get("_disable_adapters"), *own.get("merged_adapters", ()), *scales))
+        values += [own.get(name) for own in self._blocks for name in _FREEU]
         return tuple(values), kept
 
 

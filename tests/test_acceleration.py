@@ -464,6 +464,22 @@ def test_weights_in_place_are_seen_and_others_compiled_anew(own: Any) -> None:
         assert torch.equal(image(own), halved)
 
 
+def test_freeu_that_a_callback_switches_is_in_the_rows_after_it(own: Any) -> None:
+    def switch(call: Any, row: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if row == 0:
+            call.enable_freeu(s1=0.5, s2=0.4, b1=1.6, b2=1.9)
+        elif row == 2:
+            call.disable_freeu()
+        return tensors
+
+    plain, switched = image(own), image(own, callback_on_step_end=switch)
+    assert not near(switched, plain)
+    with fastdiff.accelerated(own, "compiled", _backend="eager"):
+        for _ in range(2):
+            assert near(image(own), plain)
+            assert near(image(own, callback_on_step_end=switch), switched)
+
+
 class Toy(nn.Module):
     """A model whose result depends on every kind of argument."""
 
