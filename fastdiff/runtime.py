@@ -86,7 +86,8 @@ class Runtime:
         if mode not in (modes := (*get_args(Mode), "auto")):
             raise ValueError(f"mode: expected one of {', '.join(modes)}, got {mode!r}")
         self.family: Family = family_of(pipe, height, width, num_frames, max_sequence_length)
-        self._parts = [_Part(pipe, name) for name in vars(pipe) if _is_one_of(getattr(pipe, name), self.family.models)]
+        models = self.family.models
+        self._parts = [_Part(pipe, name) for name, part in vars(pipe).items() if any(part is one for one in models)]
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
         self._in_use = threading.Lock()
         self._holder: int | None = None
@@ -371,10 +372,6 @@ class _Part:
             raise PlanMismatch(
                 f"expected the {name} in {self._place}, as this runtime was built, got {self._now()}; build a new one"
             )
-
-
-def _is_one_of(value: Any, models: Sequence[torch.nn.Module]) -> bool:
-    return any(value is model for model in models)
 
 
 def _each(name: str, values: Any, count: int, kind: type) -> list[Any]:

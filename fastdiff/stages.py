@@ -63,9 +63,8 @@ def denoise(family: Family, state: RequestState, rows: int | None = None) -> Req
     table, latents = state.prepared
     conditioning = {name: tensor[None] for name, tensor in state.conditioning.items()}
     second = state.guidance_scale if state.guidance_scale_2 is None else state.guidance_scale_2
-    guidance = torch.tensor(
-        [[state.guidance_scale], [second]], dtype=torch.float32, device=latents.device
-    )  # by segment
+    by_segment = [[state.guidance_scale], [second]]
+    guidance = torch.tensor(by_segment, dtype=torch.float32, device=latents.device)
     boundary = family.boundary(table)
     end = len(table) if rows is None else min(len(table), state.row + rows)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from fastdiff.families import Family, family_of
 from fastdiff.noise import normal, seeded
 from fastdiff.request import Request
 from fastdiff.runtime import Runtime
+from fastdiff.state import RequestState
 
 Result = TypeVar("Result")
 
@@ -248,15 +249,23 @@ def pipeline(bench: Workbench, requests: Sequence[Request]) -> list[Tensor]:
 # Running requests on fastdiff
 
 
-def tensorized(runtime: Runtime, requests: Iterable[Request], watch: Stopwatch) -> list[Tensor]:
-    """A host's own loop over a session: all requests in the batch, a row each per step."""
-    states = [runtime.prepare(request) for request in requests]
+def served(runtime: Runtime, states: Sequence[RequestState], watch: Stopwatch) -> list[RequestState]:
+    """A host's own loop over a session: all states in the batch, a row each per step."""
     with runtime.session() as session, watch:
         slots = [session.add(state) for state in states]
         while len(session.step()) < len(slots):
             pass
-        taken = [session.take(slot) for slot in slots]
-    return [image for state in taken if (image := stages.decode(runtime.family, state).image) is not None]
+        return [session.take(slot) for slot in slots]
+
+
+def tensorized(runtime: Runtime, requests: Iterable[Request], watch: Stopwatch) -> list[Tensor]:
+    """All requests in the batch, text to pixels."""
+    states = [runtime.prepare(request) for request in requests]
+    return [
+        image
+        for state in served(runtime, states, watch)
+        if (image := stages.decode(runtime.family, state).image) is not None
+    ]
 
 
 def images_of(

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.bench import arms, canary, gates, rows
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.machine import Nvml
-from fastdiff.bench.measure import Block, Sample, StopRule, compare, interleave
+from fastdiff.bench.measure import Block, Sample, StopRule, compare, interleave, worse
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import FateCase, ImageCase, MemoryCase, RowCase, SetupCase, Suite
 from fastdiff.bench.summary import compiled_part
@@ -244,8 +244,7 @@ class _Checked:
     def __call__(self) -> Sample:
         """Run, then look."""
         sample = self._block()
-        error = self._error_now()
-        self.error = error if math.isnan(error) else max(self.error, error)
+        self.error = worse(self.error, self._error_now())
         return sample
 
 

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from fastdiff.bench import files, suite
-from fastdiff.bench.arms import Workbench, requests_of
+from fastdiff.bench.arms import Workbench, requests_of, served
 from fastdiff.bench.rows import RowBench, count_steps, count_tables
 from fastdiff.bench.suite import CountCase, RowCase
 from fastdiff.bench.vram import live_tensors, storage_bytes, vram_peak
@@ -169,15 +169,7 @@ def _served(bench: Workbench) -> Iterator[Figure]:
     """All that a session does for prepared requests: the loads, the noise, whatever it does around each step."""
     runtime = bench.runtime("eager", BATCHES[-1])
     states = [runtime.prepare(request) for request in _requests(bench)]
-
-    def serve() -> None:
-        with runtime.session() as session:
-            slots = [session.add(state) for state in states]
-            while len(session.step()) < len(slots):
-                pass
-            for slot in slots:
-                session.take(slot)
-
+    serve = partial(served, runtime, states, bench.stopwatch())
     serve()
     operations, syncs = counted(serve)
     yield f"ops of a session: {len(states)} requests", operations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench.loop import Loop
-from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, interleave
+from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, interleave, worse
 from fastdiff.capture import Built, StepGraphs
 from fastdiff.models.geometries import Inputs
 from fastdiff.probe import tabulate
@@ -316,8 +316,7 @@ def _block(arm: Arm, work: Work, errors: dict[str, float]) -> Block:
             host_s = (time.perf_counter() - started) / rows
             ended.synchronize()
             row_s = begun.elapsed_time(ended) / 1e3 / rows
-        error = arm.error()
-        errors[arm.name] = error if math.isnan(error) else max(errors[arm.name], error)
+        errors[arm.name] = worse(errors[arm.name], arm.error())
         return RowSample(row_s, host_s=host_s, start_s=setup.seconds)
 
     return block

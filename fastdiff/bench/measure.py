@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +110,11 @@ def interleave(
         if was_enabled:
             gc.enable()
     return samples
+
+
+def worse(error: float, other: float) -> float:
+    """The larger of two errors; none is worse than NaN."""
+    return other if math.isnan(other) or other > error else error
 
 
 def compare(base: Sequence[Sample], arm: Sequence[Sample], level: float) -> Ratio:

@@ -19,7 +19,7 @@ from fastdiff.bench import cells, estimate, files, gates, machine, schema, suite
 from fastdiff.bench.arguments import folder, model_name, pipeline, plain_name, positive, refuse, scheduler, shared
 from fastdiff.bench.arms import Workbench
 from fastdiff.bench.cells import Piece
-from fastdiff.bench.journal import RUNS, CannotResume, Journal, commit, stamp, unfinished
+from fastdiff.bench.journal import REPORT, RUNS, CannotResume, Journal, commit, stamp, unfinished
 from fastdiff.bench.outcome import distrust, exit_code, unmeasured, unvouched, wrong_answers
 from fastdiff.bench.rows import RowBench
 from fastdiff.bench.suite import Suite
@@ -204,7 +204,7 @@ def write(options: argparse.Namespace, report: dict[str, Any], journal: Journal)
     from fastdiff.bench.report import markdown, print_tables
 
     text = json.dumps(schema.document(report), indent=1, allow_nan=False) + "\n"
-    forms = {"report.json": text, "report.md": markdown(report), "report.html": html(report)}
+    forms = {REPORT: text, "report.md": markdown(report), "report.html": html(report)}
     folders = [journal.folder, *([Path("reports", options.save)] if options.save else [])]
     for place in folders:
         for name, content in forms.items():

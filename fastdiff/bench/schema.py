@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fastdiff.bench import shape
+from fastdiff.bench.journal import REPORT
 from fastdiff.bench.stats import percentile, times_needed
 from fastdiff.bench.summary import Report, unit
 
@@ -21,7 +22,7 @@ SCHEMA = "fastdiff.bench/1"
 AB = "fastdiff.ab/1"  # of ab.json, which `ab` writes
 PYTEST_BENCHMARK = "pytest-benchmark"  # stands for SCHEMA in what `load` makes of a file that pytest-benchmark wrote
 FORM = "5.3.1"  # the version of pytest-benchmark whose form the file has
-NAMES = ("report.json", "ab.json")  # what a run's folder has one of
+NAMES = (REPORT, "ab.json")  # what a run's folder has one of
 
 _RESULTS = ("arms", "comparisons", "compare", "modes", "rows", "max_s")
 """What of a case is measured, or does not change what an arm's times are of."""
