@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fastdiff.request import Request as Request
     from fastdiff.request import Result as Result
     from fastdiff.runtime import Runtime as Runtime
-    from fastdiff.runtime import Session as Session
     from fastdiff.scheduler import table_scheduler as table_scheduler
+    from fastdiff.session import Session as Session
     from fastdiff.state import RequestState as RequestState
     from fastdiff.table import StepTable as StepTable
 
@@ -41,7 +41,7 @@ _HOMES = {
     "CannotCapture": "errors", "CapturePlan": "plan", "FastdiffError": "errors", "Lease": "ownership", "NotLinear":
     "errors", "NumericalError": "errors", "OutOfMemory": "errors", "PlanMismatch": "errors", "Request": "request",
     "RequestState": "state", "Result": "request", "RowsCoupled": "errors", "Runtime": "runtime", "Session":
-    "runtime", "StaleGraph": "errors", "StepTable": "table", "accelerate": "acceleration", "accelerated":
+    "session", "StaleGraph": "errors", "StepTable": "table", "accelerate": "acceleration", "accelerated":
     "acceleration", "acquire": "ownership", "models": "models", "renoise": "renoising", "table_cache":
     "probe", "table_scheduler": "scheduler", "tabulate": "probe",
 }  # fmt: skip

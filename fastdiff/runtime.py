@@ -1,17 +1,14 @@
-"""Requests in, results out; and a session for hosts that run their own loop."""
+"""Requests in, results out."""
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from traceback import format_tb
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,10 +18,10 @@ from fastdiff.capture import Counters, Mode, Steps, smallest
 from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch
 from fastdiff.families import Family, family_of
 from fastdiff.isolation import Certificate, certify
-from fastdiff.noise import copy_generator, run_noise
 from fastdiff.plan import CapturePlan
 from fastdiff.profile import Choice, Profile, choose, profile_step
 from fastdiff.request import Request, Result, is_scale
+from fastdiff.session import Session, Turn
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
@@ -89,10 +86,7 @@ class Runtime:
         models = self.family.models
         self._parts = [_Part(pipe, name) for name, part in vars(pipe).items() if any(part is one for one in models)]
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
-        self._in_use = threading.Lock()
-        self._holder: int | None = None
-        self._done: torch.cuda.Event | None = None  # all that was enqueued here, or by the last session
-        self._left: tuple[int, ...] | None = None  # the slots of a session that was dropped open
+        self._turn = Turn(self.family.device)
         self.choice: Choice | None = None
         if mode != "auto":
             self._make_room(mode, plan_for(mode), progress)
@@ -106,12 +100,7 @@ class Runtime:
             if self.choice.mode != self.steps.mode:
                 self._make_room(self.choice.mode, plan_for(self.choice.mode), progress)
         self.certificate = self._certify() if certify and self.plan.max_batch > 1 else None
-        self._mark()
-
-    def _mark(self) -> None:
-        """Whichever stream the next session runs on, it waits for what is enqueued here."""
-        if self.family.device.type == "cuda":
-            self._done = torch.cuda.current_stream(self.family.device).record_event()
+        self._turn.mark()
 
     def _make_room(self, mode: Mode, plan: CapturePlan, progress: bool) -> None:
         self.plan = plan
@@ -284,7 +273,14 @@ class Runtime:
 
     def session(self) -> Session:
         """A host's own loop over the slots. Waits for other threads' work; close it, or use it in a `with` block."""
-        return Session(self)
+        self._turn.take()
+        try:
+            self._check_open()
+            self._turn.clear(self.slots)
+        except BaseException:
+            self._turn.give()
+            raise
+        return Session(self._turn, self.family, self.steps, self.slots, self._check_model)
 
     def _check(self, request: Request) -> None:
         if not isinstance(request, Request):
@@ -421,219 +417,3 @@ def _plan_for(
             "give one of the two"
         )
     return derived
-
-
-@dataclass
-class _Occupant:
-    """The host's view of one slot: what was loaded, and how far it and its noise have come."""
-
-    state: RequestState  # as loaded, but for its latents and conditioning, which the slot has since
-    table: StepTable
-    row: int
-    end: int  # rows of the table
-    boundary: int  # of them in the first segment
-    generator: torch.Generator | None  # after all that was drawn ahead
-    drawn_from: int  # the first row of the noise in the ring
-    drawn_to: int  # and the row after its last
-    before: Tensor | None = None  # the generator's state before that noise was drawn
-
-    @property
-    def segment(self) -> int:
-        """Of the row to run next."""
-        return int(self.row >= self.boundary)
-
-    def after(self, rows: int) -> int:
-        """The row after a call that advances each slot by so many: it ends with the segment."""
-        return min(self.row + rows, self.end if self.segment else self.boundary)
-
-
-class Session:
-    """A host's own loop: `add` states, `step` until slots finish, `take` them.
-
-    A slot never moves while its request runs. A session belongs to the thread that opened it, and to the stream that
-    was current then; tensors go in and come out as copies. Of pinned host memory the device reads what goes in when it
-    comes to it: such a tensor must stay as it is until then.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime: Runtime | None = None
-        self._occupants: dict[int, _Occupant] = {}
-        if runtime._holder == threading.get_ident():
-            raise RuntimeError("this thread has a session of this runtime open: close it first")
-        runtime._in_use.acquire()
-        try:
-            runtime._check_open()
-        except RuntimeError:
-            runtime._in_use.release()
-            raise
-        runtime._holder = threading.get_ident()
-        self._runtime = runtime
-        self._family, self._slots, self._steps, self._plan = runtime.family, runtime.slots, runtime.steps, runtime.plan
-        if runtime._done is not None:  # another stream's work on the same slots comes first
-            torch.cuda.current_stream(self._slots.device).wait_event(runtime._done)
-        if runtime._left is not None:
-            if self._slots.device.type == "cuda":
-                torch.cuda.synchronize(self._slots.device)  # its stream is not known
-            for slot in runtime._left:
-                self._slots.park(slot)
-            runtime._left = None
-        self._new = False  # whether one was added since the last step
-
-    @property
-    def free(self) -> int:
-        """How many more states can be added."""
-        self._check_open()
-        return self._plan.max_batch - len(self._occupants)
-
-    def add(self, state: RequestState) -> int:
-        """Copy a prepared state into the lowest free slot; the slot's number.
-
-        PlanMismatch if none is free or the state does not fit.
-        """
-        if not isinstance(state, RequestState):
-            raise TypeError(
-                f"expected a RequestState, got {type(state).__name__}; runtime.prepare(request) makes one of a Request"
-            )
-        if not self.free:
-            raise PlanMismatch(f"all {self._plan.max_batch} slots are taken; take or cancel one, or raise max_batch")
-        table, _ = state.prepared
-        self._check_fits(state, table)
-        slot = min(set(range(self._plan.max_batch)) - self._occupants.keys())
-        kept = replace(state, latents=None, conditioning={}).fork()  # the caller's own may change
-        generator = None
-        if any(table.draws[state.row :]):
-            if kept.generator is None:
-                raise ValueError(f"{table.source} draws noise: the state needs a generator")
-            generator = copy_generator(kept.generator)
-        boundary = self._family.boundary(table)
-        with torch.no_grad():  # a host's latents or embeddings may want gradients; static memory must not
-            self._slots.load(slot, state, boundary)
-        self._occupants[slot] = _Occupant(kept, table, state.row, len(table), boundary, generator, state.row, state.row)
-        self._new = True
-        return slot
-
-    def step(self) -> list[int]:
-        """Advance every unfinished slot by one row, in mode "loop-graph" by as many as a graph holds.
-
-        Returns the finished slots that wait to be taken, in rising order. The first step after an `add` advances
-        nothing and raises StaleGraph if the model is no longer what was compiled or captured, PlanMismatch if the
-        pipeline has another by now; the requests can be taken as they are.
-        """
-        runtime = self._check_open()
-        if self._new:
-            runtime._check_model()
-            self._steps.check()  # once for all that were added: it looks at every module of the model
-            self._new = False
-        running = {slot: one for slot, one in self._occupants.items() if one.row < one.end}
-        for slot, occupant in running.items():
-            self._draw_ahead(slot, occupant)
-        with torch.inference_mode(False), torch.no_grad():  # what is compiled or captured is so for either host
-            for segment in reversed(range(self._plan.segments)):  # or a slot at the boundary would go on in the second
-                if members := [slot for slot, one in running.items() if one.segment == segment]:
-                    self._steps(max(members) + 1, segment)
-                    for slot in members:  # at once: should the other segment raise, these have run
-                        running[slot].row = running[slot].after(self._steps.rows_per_call)
-        return sorted(slot for slot, one in self._occupants.items() if one.row >= one.end)
-
-    def take(self, slot: int) -> RequestState:
-        """The slot's request as it now stands, copied out; the slot is free again."""
-        state = self.fork(slot)
-        self.cancel(slot)
-        return state
-
-    def fork(self, slot: int) -> RequestState:
-        """An independent copy of the slot's request as it now stands, generator included; the slot runs on."""
-        occupant = self._occupant(slot)
-        copied = occupant.state.fork()
-        if copied.generator is not None:
-            self._wind(copied.generator, occupant)
-        latents, conditioning = self._slots.read(slot, occupant.table.memory), self._slots.conditioning(slot)
-        return replace(copied, latents=latents, conditioning=conditioning, row=occupant.row)
-
-    def cancel(self, slot: int) -> None:
-        """Free the slot; its request is lost."""
-        self._occupant(slot)
-        self._slots.park(slot)
-        del self._occupants[slot]
-
-    def save(self, slot: int, path: str | Path) -> None:
-        """Write the slot's request, as it now stands, to a file that `load` resumes from in any process."""
-        self.fork(slot).save(path)
-
-    def load(self, path: str | Path) -> int:
-        """Add a request that `save` wrote; the slot's number."""
-        return self.add(RequestState.load(path, self._slots.device))
-
-    def close(self) -> None:
-        """Cancel what still runs and let other threads in; a second call does nothing."""
-        runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            for slot in self._occupants:
-                self._slots.park(slot)
-            self._occupants.clear()
-            runtime._mark()
-            runtime._holder = None
-            runtime._in_use.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        """Let others in where nobody closed it. The next session parks its slots: this runs in any thread, at any time,
-        in the midst of a capture too."""
-        runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            runtime._left = tuple(self._occupants)
-            runtime._holder = None
-            runtime._in_use.release()
-            warnings.warn("a session was dropped open: close it, or use it in a `with` block", ResourceWarning, 2, self)
-
-    def _draw_ahead(self, slot: int, occupant: _Occupant) -> None:
-        """Fill the slot's ring with the noise of the coming rows, in diffusers' order, and keep the way back."""
-        if occupant.generator is None or occupant.drawn_to >= occupant.after(self._steps.rows_per_call):
-            return
-        if occupant.drawn_to > occupant.row:  # the last call ended at the boundary, short of what was drawn for it
-            self._wind(occupant.generator, occupant)
-        occupant.before = occupant.generator.get_state()
-        occupant.drawn_from = occupant.row
-        occupant.drawn_to = min(occupant.row + self._plan.ring_depth, occupant.end)
-        noise = self._draw(occupant.generator, occupant, occupant.drawn_from, occupant.drawn_to)
-        self._slots.put_noise(slot, occupant.row, noise)
-
-    def _wind(self, generator: torch.Generator, occupant: _Occupant) -> None:
-        """Set the occupant's generator, or a copy of it, to the row to run next."""
-        if occupant.before is not None:
-            generator.set_state(occupant.before)
-            self._draw(generator, occupant, occupant.drawn_from, occupant.row)
-
-    def _draw(self, generator: torch.Generator, occupant: _Occupant, start: int, end: int) -> Tensor:
-        draws = occupant.table.draws[start:end]
-        # On the generator's own device: the copy into the ring waits for nothing, one made here would.
-        return run_noise(generator, draws, self._plan.latent_shape, occupant.state.dtype, generator.device)
-
-    def _check_fits(self, state: RequestState, table: StepTable) -> None:
-        if not isinstance(state.row, int) or not 0 <= state.row <= len(table):
-            raise ValueError(f"row: expected 0 to {len(table)}, the rows of {table.source}'s table, got {state.row!r}")
-        latents = state.prepared[1]
-        if tuple(latents.shape) != (table.memory, *self._plan.latent_shape):
-            expected = (table.memory, *self._plan.latent_shape)
-            raise PlanMismatch(f"latents: expected shape {expected}, got {tuple(latents.shape)}")
-        self._plan.check_conditioning(state.conditioning)
-
-    def _occupant(self, slot: int) -> _Occupant:
-        self._check_open()
-        if slot not in self._occupants:
-            raise ValueError(f"slot: expected one of {sorted(self._occupants)}, got {slot}")
-        return self._occupants[slot]
-
-    def _check_open(self) -> Runtime:
-        if self._runtime is None:
-            raise RuntimeError("this session is closed; open another with runtime.session()")
-        if self._runtime._holder != threading.get_ident():
-            raise RuntimeError("this session belongs to the thread that opened it: use it there, or open another here")
-        return self._runtime

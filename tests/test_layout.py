@@ -16,8 +16,8 @@ PACKAGE = Path(fastdiff.__file__).parent
 ORDER = [
     "errors", "frames", "table", "fingerprint", "intercept", "stepper", "probe", "renoising", "rehearsal", "position",
     "scheduler", "request", "plan", "denoiser", "families", "noise", "state", "ownership", "slots", "step", "isolation",
-    "weights", "capture", "emulated", "audit", "profile", "stages", "runtime", "forward", "acceleration", "models",
-    "bench",
+    "weights", "capture", "emulated", "audit", "profile", "stages", "session", "runtime", "forward", "acceleration",
+    "models", "bench",
 ]  # fmt: skip
 
 

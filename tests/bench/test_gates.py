@@ -20,7 +20,7 @@ from fastdiff.bench.suite import CountCase
 from fastdiff.denoiser import Denoiser
 from fastdiff.families import Family
 from fastdiff.plan import CapturePlan
-from fastdiff.runtime import Session
+from fastdiff.session import Session
 from fastdiff.slots import Batch
 from fastdiff.state import RequestState
 from fastdiff.step import denoise_step
