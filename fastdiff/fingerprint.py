@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
-_NUMBERS = (int, float, str)
-_LEFT_OUT = frozenset({"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index", "_internal_dict"})
-"""What set_timesteps writes anew, and the config, which is looked at by itself."""
+_LEFT_OUT = frozenset(
+    {"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index", "timestep_list", "_internal_dict"}
+)
+"""What set_timesteps or a run's steps write anew, and the config, which is looked at by itself."""
 
 
 class _Content(NamedTuple):
@@ -29,7 +30,7 @@ class _Content(NamedTuple):
 
 
 def freeze(value: Any) -> Hashable:
-    """A hashable stand-in that is equal exactly when the contents are."""
+    """A hashable stand-in that is equal exactly when the contents are; of objects that are no data, which one it is."""
     kind = type(value)
     if kind in _SCALARS:
         return kind, value  # 1, 1.0 and True are different arguments
@@ -37,14 +38,31 @@ def freeze(value: Any) -> Hashable:
         return _Content((value.dtype, value.shape), _readable(value).numpy(force=True).tobytes())
     if isinstance(value, np.ndarray):
         return _Content((value.dtype, value.shape), value.tobytes())
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple([(key, freeze(item)) for key, item in value.items()])
     if isinstance(value, (list, tuple)):
         return kind, *map(freeze, value)
     if kind is FunctionType:  # two schedulers of a class may each have made their own of one line
         bound = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items(), *_closed_over(value)
         return kind, value.__code__, id(value.__globals__), *map(_freeze_bound, bound)
-    return (kind, value) if isinstance(value, Hashable) else repr(value)
+    if is_scheduler(value):
+        return fingerprint(value)
+    if isinstance(value, Hashable):
+        return kind, value
+    return kind, freeze(vars(value)) if hasattr(value, "__dict__") else repr(value)
+
+
+def is_scheduler(value: Any) -> bool:
+    """Whether it has what each of diffusers' schedulers has."""
+    return hasattr(value, "set_timesteps") and hasattr(value, "step")
+
+
+def is_latent(value: Any) -> bool:
+    """Whether an attribute of a scheduler is what a run's steps left there: all else that it holds is one-dimensional.
+
+    A copy of the scheduler to be probed goes without (`stepper.pristine`), so no row depends on it.
+    """
+    return isinstance(value, Tensor) and value.ndim > 1
 
 
 def _closed_over(function: Any) -> list[Any]:
@@ -58,7 +76,7 @@ def _closed_over(function: Any) -> list[Any]:
 
 def _freeze_bound(value: Any) -> Hashable:
     """Contents of what is plain data; of all else, another function or the scheduler itself, which object it is."""
-    if type(value) in _SCALARS or isinstance(value, (Tensor, np.ndarray, list, tuple, dict)):
+    if type(value) in _SCALARS or isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping)):
         return freeze(value)
     try:
         return weakref.ref(value)
@@ -85,9 +103,9 @@ class Fingerprint:
 
 
 def fingerprint(scheduler: Any) -> Fingerprint:
-    """Class, config items, and whatever numbers, tables and functions its attributes hold.
+    """Class, config items, and whatever its attributes hold.
 
-    What `set_timesteps` writes anew is left out, so that a template in use is not a different scheduler.
+    What `set_timesteps` and a run's steps write is left out, so that a template in use is not a different scheduler.
     """
     seen = _seen.get(scheduler)
     if seen is None or not seen.unchanged(scheduler):
@@ -161,22 +179,16 @@ class _Seen:
 
 
 def _counts(key: str, value: Any) -> bool:
-    """Whether rows may depend on this attribute of a scheduler; the latents that a run leaves in it do not count."""
-    if key in _LEFT_OUT:
-        return False
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim < 2
-    return type(value) in _SCALARS or callable(value) or _is_of_numbers(value)
+    """Whether rows may depend on this attribute of a scheduler."""
+    return key not in _LEFT_OUT and not _is_of_a_run(value)
 
 
-def _is_of_numbers(value: Any) -> bool:
-    """A list or mapping of numbers and words, one at least, and of nothing else."""
-    items = value.values() if isinstance(value, dict) else value
-    return (
-        isinstance(value, (list, tuple, dict))
-        and bool(items)
-        and all(isinstance(item, _NUMBERS) or _is_of_numbers(item) for item in items)
-    )
+def _is_of_a_run(value: Any) -> bool:
+    """Latents, and lists with room for latents and nothing else in them."""
+    if isinstance(value, (list, tuple, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return all(item is None or _is_of_a_run(item) for item in items)
+    return is_latent(value)
 
 
 _seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdiff.errors import NotLinear
+from fastdiff.fingerprint import is_latent, is_scheduler
 
 _BROWNIAN = (
     "its noise comes from a Brownian tree over sigmas, not from a generator",
@@ -58,13 +59,13 @@ def not_linear(subject: str, why: str, instead: str) -> NotLinear:
 def check_scheduler(scheduler: Any) -> None:
     """Raise TypeError for what is no scheduler, NotLinear for one whose class has no table."""
     name = type(scheduler).__name__
-    if isinstance(scheduler, type) and _is_scheduler(scheduler):
+    if isinstance(scheduler, type) and is_scheduler(scheduler):
         own = scheduler.__name__
         raise TypeError(f"expected a diffusers scheduler, got the class {own}; {own}() makes a scheduler of it")
     if name in REFUSED:
         why, instead = REFUSED[name]
         raise not_linear(name, why, instead)
-    if not _is_scheduler(scheduler):
+    if not is_scheduler(scheduler):
         raise TypeError(f"expected a diffusers scheduler, got {name}")
 
 
@@ -125,18 +126,16 @@ def pristine(scheduler: Any) -> Any:
 
 def _pristine_value(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return None if value.ndim > 1 else value.detach().to("cpu", copy=True)
+        return None if is_latent(value) else value.detach().to("cpu", copy=True)
     if type(value) in (list, tuple):
         return type(value)(map(_pristine_value, value))
-    if _is_scheduler(value):
+    if type(value) is dict:
+        return {key: _pristine_value(item) for key, item in value.items()}
+    if is_scheduler(value):
         return pristine(value)
     if type(value).__name__ == "FrozenDict":
         return type(value)(copy.deepcopy(dict(value)))
     return copy.deepcopy(value)
-
-
-def _is_scheduler(value: Any) -> bool:
-    return hasattr(value, "set_timesteps") and hasattr(value, "step")
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _latent_or_inside(value: Any, shape: torch.Size, path: str, put: Callable[[T
     if isinstance(value, Tensor):
         if value.shape == shape:
             yield _Latent(path, value, put)
-    elif type(value) in (list, dict) or _is_scheduler(value):
+    elif type(value) in (list, dict) or is_scheduler(value):
         yield from latents_in(value, shape, path)
 
 
@@ -249,7 +248,7 @@ def fork(scheduler: Any) -> Any:
     for key, value in vars(scheduler).items():
         if type(value) is list:
             setattr(forked, key, list(value))
-        elif _is_scheduler(value):
+        elif is_scheduler(value):
             setattr(forked, key, fork(value))
     return forked
 

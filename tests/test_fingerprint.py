@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -73,13 +74,38 @@ def _mapping(scheduler: Any) -> None:
     scheduler.gains = {"first": (1.0, 2), "last": 0.5}
 
 
+def _numpy_scalar(scheduler: Any) -> None:
+    scheduler._shift = np.float64(3.0)
+
+
+def _with_gaps(scheduler: Any) -> None:
+    scheduler.gains = [None, torch.tensor(1.0)]
+
+
+def _in_words(scheduler: Any) -> None:
+    scheduler.gains = {"first": np.ones((2, 2)), "of": {1.5}}
+
+
+def _namespace(scheduler: Any) -> None:
+    scheduler.gains = SimpleNamespace(first=1.0, table=np.arange(5000))
+
+
+def _dtype(scheduler: Any) -> None:
+    scheduler.computes_in = torch.float64
+
+
+def _nested(scheduler: Any) -> None:
+    scheduler.inner = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+
+
 def _function(scheduler: Any) -> None:
     scheduler.convert_model_output = lambda model_output, sample: model_output
 
 
 CHANGES = (
     _in_place, _through_data, _through_numpy, _other_memory, _fewer, _replaced, _scalar, _new_attribute, _deleted,
-    _registered, _list_in_config, _numbers, _mapping, _function,
+    _registered, _list_in_config, _numbers, _mapping, _numpy_scalar, _with_gaps, _in_words, _namespace, _dtype, _nested,
+    _function,
 )  # fmt: skip
 
 
@@ -158,6 +184,43 @@ def test_a_prepared_template_is_no_other_scheduler() -> None:
     before = fingerprint(one)
     one.set_timesteps(4)
     assert fingerprint(one) is before
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistep", "SASolver", "PNDM", "HeunDiscrete", "DPMSolverSinglestep"])
+def test_a_template_that_ran_is_the_same_after_each_run(name: str) -> None:
+    """The latents and timesteps that a run leaves in it are the run's."""
+    one = getattr(diffusers, f"{name}Scheduler")()
+    prints = []
+    for steps in (6, 7):
+        one.set_timesteps(steps)
+        for t in one.timesteps:
+            one.step(torch.ones(1, 2, 2, 2), t, torch.ones(1, 2, 2, 2))
+        one.set_timesteps(8)
+        prints.append(fingerprint(one))
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("change", [_nested, _namespace])
+def test_a_change_within_what_a_scheduler_holds_is_seen(change: Callable[[Any], None]) -> None:
+    one = scheduler()
+    change(one)
+    before = fingerprint(one)
+    if change is _nested:
+        one.inner.set_shift(5.0)
+    else:
+        one.gains.table[2500] += 1
+    assert fingerprint(one) != before
+
+
+def test_a_shift_of_numpys_type_is_that_shift() -> None:
+    """`set_shift(np.float64(3))` once got the table of whichever shift came first."""
+    one = diffusers.FlowMatchEulerDiscreteScheduler()
+    tables = []
+    for shift in (np.float64(3.0), np.float64(6.0), 6.0):
+        one.set_shift(shift)
+        tables.append(fastdiff.tabulate(one, 5))
+    assert tables[0] != tables[1]
+    assert tables[1] == tables[2]
 
 
 def test_a_changed_scheduler_gets_another_table() -> None:
