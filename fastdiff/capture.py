@@ -234,41 +234,61 @@ def regional(
 
 
 class Regions:
-    """A model's repeated blocks, compiled, and in place only inside a `with`: the model is the user's."""
+    """A model's repeated blocks, compiled; in place only inside a `with`, and for its thread: the model is the user's,
+    and other runtimes' too."""
 
-    def __init__(self, model: nn.Module | None, n: int, how: Compile, backend: str) -> None:
+    _placing = threading.Lock()
+    _mine = threading.local()  # whose `calls` a thread inside a `with` makes, by block
+
+    def __init__(self, model: nn.Module | None, n: int, how: Compile, backend: str | Callable[..., Any]) -> None:
         names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None)  # as SD 3 has it
         if model is None or not names:
             raise PlanMismatch(
                 f"{type(model).__name__} names no _repeated_blocks and no _no_split_modules to compile; set "
                 "regional = false"
             )
-        self._former: dict[int, Any] = {}  # what the user compiled
         call = own_code(nn.Module._call_impl, f"block_{n}")  # one code for all blocks of a size, so they share graphs
         mode = None if how == "default" else how
-        self._blocks = [
-            (
-                vars(block),
-                torch.compile(MethodType(call, block), fullgraph=True, dynamic=False, mode=mode, backend=backend),
-            )
+        self._calls = {
+            block: torch.compile(MethodType(call, block), fullgraph=True, dynamic=False, mode=mode, backend=backend)
             for block in model.modules()
             if type(block).__name__ in names
-        ]
+        }
 
     def __enter__(self) -> None:
-        for attributes, call in self._blocks:
-            self._former[id(attributes)] = attributes.get("_compiled_call_impl")
-            attributes["_compiled_call_impl"] = call  # where nn.Module.compile() puts it
+        with self._placing:
+            for block in self._calls:
+                call = vars(block).get("_compiled_call_impl")  # where nn.Module.compile() puts it
+                if not isinstance(call, _Call):
+                    call = vars(block)["_compiled_call_impl"] = _Call(block, former=call)
+                call.users += 1
+        self._mine.calls = self._calls
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for attributes, _ in self._blocks:
-            former = self._former.pop(id(attributes))
-            if former is None:
-                del attributes["_compiled_call_impl"]
-            else:
-                attributes["_compiled_call_impl"] = former
+        del self._mine.calls
+        with self._placing:
+            for block in self._calls:
+                call = vars(block)["_compiled_call_impl"]
+                call.users -= 1
+                if not call.users and call.former is None:
+                    del vars(block)["_compiled_call_impl"]
+                elif not call.users:
+                    vars(block)["_compiled_call_impl"] = call.former
+
+
+@dataclass
+class _Call:
+    """A block's call while some thread is in a step by regions: compiled in that one, in others what it was."""
+
+    block: nn.Module
+    former: Callable[..., Any] | None  # what the user compiled
+    users: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = getattr(Regions._mine, "calls", {}).get(self.block, self.former)
+        return self.block._call_impl(*args, **kwargs) if call is None else call(*args, **kwargs)
 
 
 _serials = itertools.count()

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdiff.errors import RowsCoupled
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
+from fastdiff.stepper import plain_torch
 from fastdiff.table import StepTable
 
 Contents = Literal["own", "other", "nan"]
@@ -80,6 +81,7 @@ class _Probe:
         memory = self._slots.plan.memory
         return torch.stack([self._slots.read(slot, memory) for slot in range(n)]).view(torch.int32)
 
+    @plain_torch()
     def _load(self, slot: int, held: Contents) -> None:
         plan = self._slots.plan
         generator = torch.Generator().manual_seed(2 * slot + (held == "other"))
@@ -102,6 +104,7 @@ class _Probe:
             self._slots.put_noise(slot, 0, values(1, plan.draws, *plan.latent_shape))
 
 
+@plain_torch()
 def _dense_table(K: int, Z: int) -> StepTable:
     """One row in which every latent, the output, the clamped x0 and every draw reach every latent."""
     generator = torch.Generator().manual_seed(0)

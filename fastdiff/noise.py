@@ -48,7 +48,7 @@ def run_noise(
     if not count:
         return torch.zeros(len(draws), Z, *shape, dtype=torch.float32, device=device)
     if generator.device.type == "cpu" and math.prod(shape) % 16 == 0 and len(set(dtypes)) == 1:
-        drawn = torch.randn(count, *shape, generator=generator, dtype=dtypes[0])
+        drawn = torch.randn(count, *shape, generator=generator, dtype=dtypes[0], device=generator.device)
     else:
         drawn = torch.stack([normal(generator, shape, own, generator.device).float() for own in dtypes])
     drawn = drawn.to(device, torch.float32)

@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -35,7 +36,7 @@ class CapturePlan:
 
     latent_shape: tuple[int, ...]  # (C, H, W) of one request
     dtype: torch.dtype  # of model inputs and returned latents
-    conditioning: Mapping[str, TensorSpec] = field(default_factory=dict)  # one slot's, by name
+    conditioning: Mapping[str, TensorSpec] = field(default_factory=dict, hash=False)  # one slot's, by name
     batch_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     memory: int = 4  # K: DPM++ 2M 2, Heun 3, UniPC 4, UniPC of order 3 5, PNDM with Runge-Kutta steps 6
     rows: int = 128  # R
@@ -74,6 +75,11 @@ class CapturePlan:
             )
         specs = {name: _spec(f"conditioning.{name}", spec) for name, spec in self.conditioning.items()}
         object.__setattr__(self, "conditioning", MappingProxyType(specs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For `pickle` and `copy.deepcopy`, which take no mapping proxy."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return partial(type(self), **values | {"conditioning": dict(self.conditioning)}), ()
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self:

@@ -37,26 +37,26 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     return table_cache.get(key, lambda: _renoise(scheduler, times))
 
 
+@plain_torch()
 def _renoise(scheduler: Any, times: list[float]) -> StepTable:
     name = type(scheduler).__name__
     steps = int(scheduler.config.num_train_timesteps)
     of_all = {"original_inference_steps": steps} if hasattr(scheduler.config, "original_inference_steps") else {}
     whole = Schedule.of(scheduler, 0, {"num_inference_steps": steps} | of_all)
-    with plain_torch():
-        entries = Stepper(scheduler, whole).timesteps
-        rows: list[ProbedRow] = []
-        levels: list[tuple[float, float]] = []
-        for t in times:
-            index = int((entries.double() - t).abs().argmin())
-            stepper = Stepper(scheduler, Schedule(whole.set_timesteps, whole.step, index))
-            prober = Prober(stepper, 32)
-            row = prober.row(entries[index])
-            if row.x0 is None:
-                raise not_linear(
-                    f"{name} re-noised", f"it tells no x0 at timestep {t:g}", "FlowMatchEulerDiscreteScheduler or LCM"
-                )
-            levels.append(_noise_level(scheduler, whole, entries[index]))
-            rows.append(row)
+    entries = Stepper(scheduler, whole).timesteps
+    rows: list[ProbedRow] = []
+    levels: list[tuple[float, float]] = []
+    for t in times:
+        index = int((entries.double() - t).abs().argmin())
+        stepper = Stepper(scheduler, Schedule(whole.set_timesteps, whole.step, index))
+        prober = Prober(stepper, 32)
+        row = prober.row(entries[index])
+        if row.x0 is None:
+            raise not_linear(
+                f"{name} re-noised", f"it tells no x0 at timestep {t:g}", "FlowMatchEulerDiscreteScheduler or LCM"
+            )
+        levels.append(_noise_level(scheduler, whole, entries[index]))
+        rows.append(row)
     count = len(rows)
     A, b, d, C = np.zeros((count, 1, 1)), np.zeros((count, 1)), np.zeros((count, 1)), np.zeros((count, 1, 1))
     r, x0_row = np.zeros((count, 2)), np.zeros((count, 4))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,8 @@ class Request:
             text = getattr(self, name)
             if not isinstance(text, (str, NoneType)):
                 raise ValueError(f"{name}: expected one text, got {text!r}; make a request of each")
+            if text and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{name}: expected Unicode, got half a character, as of JSON cut in two: {text!r}")
         for name in _TENSORS:
             tensor = getattr(self, name)
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
@@ -82,6 +85,10 @@ class Request:
             raise ValueError(f"class_label: expected an integer or a word, got {self.class_label!r}")
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ValueError("expected at most one of negative_prompt and negative_prompt_embeds")
+        for name in ("seed", "steps", "guidance_scale", "guidance_scale_2", "guidance_rescale"):
+            number = getattr(self, name)
+            if isinstance(number, np.number):  # as numpy's generators and pandas give them
+                object.__setattr__(self, name, number.item())
         if self.steps is not None and (not _is_integer(self.steps) or self.steps < 1):
             raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
         if self.timesteps is not None and self.sigmas is not None:

@@ -276,7 +276,7 @@ class Runtime:
         self._turn.take()
         try:
             self._check_open()
-            self._turn.clear(self.slots)
+            self._turn.prepare(self.slots)
         except BaseException:
             self._turn.give()
             raise

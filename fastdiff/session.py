@@ -29,26 +29,31 @@ class Turn:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lock = threading.Lock()
-        self._holder: int | None = None
+        self._holder: threading.Thread | None = None  # no number: those of threads that ended are given out again
         self._done: torch.cuda.Event | None = None  # all that was enqueued at the last `mark`
-        self._left: tuple[int, ...] = ()  # the slots of a session that was dropped open
+        self._left: tuple[int, ...] = ()  # the slots of a session that was dropped open, or interrupted as it closed
 
     @property
     def mine(self) -> bool:
         """Whether this thread has it."""
-        return self._holder == threading.get_ident()
+        return self._holder is threading.current_thread()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the thread that has it is over."""
+        return self._holder is not None and not self._holder.is_alive()
 
     def take(self) -> None:
-        """Wait for the other threads, and let this one's current stream wait for the other streams."""
+        """Wait for the other threads."""
         if self.mine:
             raise RuntimeError("this thread has a session of this runtime open: close it first")
         self._lock.acquire()
-        self._holder = threading.get_ident()
+        self._holder = threading.current_thread()
+
+    def prepare(self, slots: Slots) -> None:
+        """Let the current stream wait for the other hosts', and park what they left."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-
-    def clear(self, slots: Slots) -> None:
-        """Park what a session that was dropped open has left."""
         if self._left and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # its stream is not known
         for slot in self._left:
@@ -193,13 +198,18 @@ class Session:
 
     def close(self) -> None:
         """Cancel what still runs and let other threads in; a second call does nothing."""
+        if self._turn is None:
+            return
+        if not self._turn.abandoned:  # else nobody but another thread can
+            self._check_open()
         turn, self._turn = self._turn, None
-        if turn is not None:
-            for slot in self._occupants:
+        try:
+            for slot in list(self._occupants):
                 self._slots.park(slot)
-            self._occupants.clear()
+                del self._occupants[slot]
             turn.mark()
-            turn.give()
+        finally:
+            turn.give(tuple(self._occupants))
 
     def __enter__(self) -> Self:
         return self
@@ -223,11 +233,14 @@ class Session:
             return
         if occupant.drawn_to > occupant.row:  # the last call ended at the boundary, short of what was drawn for it
             self._wind(occupant.generator, occupant)
-        occupant.before = occupant.generator.get_state()
-        occupant.drawn_from = occupant.row
-        occupant.drawn_to = min(occupant.row + self._plan.ring_depth, occupant.end)
-        noise = self._draw(occupant.generator, occupant, occupant.drawn_from, occupant.drawn_to)
-        self._slots.put_noise(slot, occupant.row, noise)
+        before, start = occupant.generator.get_state(), occupant.row
+        end = min(start + self._plan.ring_depth, occupant.end)
+        try:
+            self._slots.put_noise(slot, start, self._draw(occupant.generator, occupant, start, end))
+        except BaseException:  # no memory for it, say: a host that goes on finds the generator as it was
+            occupant.generator.set_state(before)
+            raise
+        occupant.before, occupant.drawn_from, occupant.drawn_to = before, start, end
 
     def _wind(self, generator: torch.Generator, occupant: _Occupant) -> None:
         """Set the occupant's generator, or a copy of it, to the row to run next."""

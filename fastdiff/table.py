@@ -331,9 +331,8 @@ def pack(table: StepTable, layout: RowLayout) -> Tensor:
         raise ValueError(f"{table!r} does not fit a layout of {layout.memory} latents and {layout.draws} draws")
     rows, K, Z = len(table), table.memory, table.max_draws
     packed = table.A.new_zeros(rows, layout.width)
-    packed[:, 0], packed[:, 1], packed[:, GUIDANCE], packed[:, 3], packed[:, 4] = (
-        table.timesteps, table.c_in, torch.ones(rows, dtype=torch.float64), table.lo, table.hi,
-    )  # fmt: skip
+    packed[:, 0], packed[:, 1], packed[:, 3], packed[:, 4] = table.timesteps, table.c_in, table.lo, table.hi
+    packed[:, GUIDANCE] = 1.0
     clip, weights = packed[:, layout.scalars :].split([layout.memory + 1, layout.memory * layout.terms], dim=1)
     clip[:, :K], clip[:, layout.memory] = table.r[:, :K], table.r[:, K]
     weights = weights.unflatten(1, (layout.memory, layout.terms))

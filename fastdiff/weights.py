@@ -18,7 +18,9 @@ from torch import Tensor, nn
 _SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _TREE = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training", *_TREE, *_HOOKS}  # gradients, state dicts: no forward sees them
+_CALL = "_compiled_call_impl"  # a module's own function, compiled: by nn.Module.compile(), or during somebody's step
+_SEEN = {"training", *_TREE, *_HOOKS}
+_OF_TORCH = frozenset(vars(nn.Module())) - _SEEN | {_CALL}  # gradients, state dicts: no forward sees them
 _FREEU = ("s1", "s2", "b1", "b2")  # of a UNet's up blocks, where `enable_freeu` puts them
 _ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of a layer of peft
 
@@ -48,7 +50,7 @@ class Weights:
     def changed(self) -> str | None:
         """What is no longer as it was, by its name in the model; None if a graph still computes the same function."""
         for name, entries, length in self._dicts:
-            if len(entries) != length:
+            if len(entries) != length and _count(entries) != length:
                 return f"{name} has {len(entries)} entries, had {length}"
         for name, entries, key, value in self._entries:
             now = entries.get(key, _MISSING)
@@ -64,7 +66,7 @@ class Weights:
 
     def _watch_object(self, name: str, attributes: dict[str, Any], but: frozenset[str]) -> None:
         own = {key: value for key, value in attributes.items() if key not in but}
-        self._dicts.append((name, attributes, len(attributes)))
+        self._dicts.append((name, attributes, _count(attributes)))
         for key, value in own.items():
             if key not in (*_TREE, *_HOOKS):
                 self._watch(f"{name}.{key}", attributes, key, value)
@@ -130,6 +132,10 @@ class Settings:
 def is_adapter(module: nn.Module) -> bool:
     """Whether it is a layer of peft, whose scales diffusers multiplies and divides in each forward that has one."""
     return hasattr(module, "adapter_layer_names")
+
+
+def _count(attributes: dict[str, Any]) -> int:
+    return len(attributes) - (_CALL in attributes)
 
 
 def _is_setting(value: Any) -> bool:

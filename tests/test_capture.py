@@ -10,8 +10,10 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from fastdiff.models.geometries import GEOMETRIES, geometry
 from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 from fastdiff.step import denoise_step
+from fastdiff.weights import Weights
 from tests.conftest import LATENT_SHAPE, SAMPLERS, random_state, table, toy_model
 from tests.test_step import late_model, load_all, mixed_states
 
@@ -252,6 +255,45 @@ def test_regional_compilation_is_the_eager_step_and_leaves_the_model_as_it_was()
         assert all(block._compiled_call_impl not in (None, mine) for block in model.blocks)
     assert model.blocks[0]._compiled_call_impl is mine
     assert "_compiled_call_impl" not in vars(model.blocks[1])
+
+
+def test_regions_are_compiled_for_their_own_thread_alone() -> None:
+    """Two runtimes over one model, each in a step of its own thread, and a third that runs it as it is."""
+    model, called = Blocks(), list[str]()
+    weights = Weights(model)
+    mine = model.blocks[1]._compiled_call_impl = torch.compile(model.blocks[1]._call_impl, backend="eager")
+
+    def backend(name: str) -> Any:
+        def compiles(graph: Any, _: Any) -> Any:
+            def runs(*inputs: Tensor) -> Any:
+                called.append(name)
+                return graph(*inputs)
+
+            return runs
+
+        return compiles
+
+    regions = {name: Regions(model, 1, "default", backend(name)) for name in ("one", "other")}
+    inside, leave = ({name: threading.Event() for name in regions} for _ in range(2))
+
+    def run(name: str) -> None:
+        with regions[name]:
+            inside[name].set()
+            assert leave[name].wait(60)
+            model.blocks[0](torch.ones(1, 5))
+
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        steps = {name: pool.submit(run, name) for name in regions}
+        assert all(one.wait(60) for one in inside.values())
+        model.blocks[0](torch.ones(1, 5))
+        assert called == []
+        assert weights.changed() is Weights(model).changed() is None
+        for name in ("other", "one"):  # the first to come is the last to go
+            leave[name].set()
+            steps[name].result(60)
+    assert called == ["other", "one"]
+    assert "_compiled_call_impl" not in vars(model.blocks[0])
+    assert model.blocks[1]._compiled_call_impl is mine
 
 
 def test_regional_compilation_needs_repeated_blocks() -> None:

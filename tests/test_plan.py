@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,16 @@ def test_a_plan_cannot_be_changed() -> None:
         own.rows = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
         own.conditioning["more"] = TensorSpec((1,), torch.float32)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_plan_travels(way: Callable[[CapturePlan], CapturePlan]) -> None:
+    plan = CapturePlan.load("sd15-512")
+    other = way(plan)
+    assert other == plan
+    assert hash(other) == hash(plan)
+    with pytest.raises(TypeError, match="mappingproxy"):
+        other.conditioning["text"] = plan.conditioning["prompt_embeds"]  # type: ignore[index]
 
 
 def test_the_ring_holds_a_whole_run_only_where_that_is_small() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -33,6 +34,9 @@ from fastdiff import PlanMismatch, Request, Result
         ({"prompt": "x", "pooled_prompt_embeds": torch.zeros(1)}, "expected prompt_embeds beside them, got none"),
         ({"prompt": "x", "timesteps": [1], "sigmas": [1.0]}, "at most one of timesteps and sigmas"),
         ({"prompt": "x", "negative_prompt": "y", "negative_prompt_embeds": torch.zeros(1)}, "at most one of negative"),
+        ({"prompt": "a seven \ud83d"}, "^prompt: expected Unicode, got half a character"),
+        ({"prompt": "x", "negative_prompt": "\udcff"}, "^negative_prompt: expected Unicode, got half a character"),
+        ({"prompt": "x", "seed": np.float64(3)}, "seed: expected a 64-bit integer, got 3.0"),
         ({"prompt": 7}, "^prompt: expected one text, got 7; make a request of each"),
         ({"prompt": ["a", "b"]}, r"^prompt: expected one text, got \['a', 'b'\]; make a request of each"),
         ({"prompt": "x", "negative_prompt": 5}, "negative_prompt: expected one text, got 5"),
@@ -55,6 +59,13 @@ from fastdiff import PlanMismatch, Request, Result
 def test_bad_requests_say_what_was_expected(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request(**fields)
+
+
+def test_numbers_of_numpys_types_are_those_numbers() -> None:
+    given = Request(prompt="a \U0001f600", seed=np.uint64(7), steps=np.int32(4), guidance_scale=np.float32(2.5))  # type: ignore[arg-type]
+    assert [(type(value), value) for value in (given.seed, given.steps, given.guidance_scale)] == [
+        (int, 7), (int, 4), (float, 2.5),
+    ]  # fmt: skip
 
 
 def test_the_schedule_is_what_tabulate_takes() -> None:

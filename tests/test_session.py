@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+import fastdiff
+import fastdiff.session as session_module
 from fastdiff import PlanMismatch, Request, RequestState, Runtime, Session, StaleGraph, stages
 from fastdiff.capture import Steps
 from fastdiff.session import _Occupant
+from fastdiff.slots import Slots
+from fastdiff.table import pack
 from tests.conftest import table
 
 REQUEST = Request(prompt="a handwritten one", steps=4, guidance_scale=3.0, seed=1, scheduler="Euler")
@@ -201,6 +205,84 @@ def test_a_session_is_of_the_thread_that_opened_it(session: Session, runtime: Ru
             with pytest.raises(RuntimeError, match="belongs to the thread that opened it: use it there"):
                 elsewhere.submit(use).result()
     assert finish(session, slot).finished
+
+
+def test_a_session_closes_in_its_own_thread_or_when_that_is_over(runtime: Runtime) -> None:
+    """Closed in the midst of its step it would let the next one in, whose slots the step then writes over."""
+    state = runtime.prepare(REQUEST)
+    with runtime.session() as session:
+        session.add(state)
+        with ThreadPoolExecutor(1) as elsewhere:
+            closing = elsewhere.submit(session.close)
+        with pytest.raises(RuntimeError, match="belongs to the thread that opened it"):
+            closing.result()
+        assert session.step() == []
+    with ThreadPoolExecutor(1) as elsewhere:
+        left = elsewhere.submit(runtime.session).result()
+    left.close()
+    runtime.session().close()
+
+
+def test_a_session_that_is_interrupted_as_it_closes_lets_the_next_one_in(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked: list[int] = []
+
+    def interrupted(self: Slots, slot: int) -> None:
+        parked.append(slot)
+        if len(parked) == 2:
+            raise KeyboardInterrupt
+        own_park(self, slot)
+
+    own_park = Slots.park
+    monkeypatch.setattr(Slots, "park", interrupted)
+    session = runtime.session()
+    for _ in range(3):
+        session.add(runtime.prepare(REQUEST))
+    with pytest.raises(KeyboardInterrupt):
+        session.close()
+    runtime.session().close()
+    assert parked == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("where", ["drawn", "put"])
+def test_noise_that_could_not_be_had_is_drawn_again(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Not taken for drawn: the step that raised is repeated, and nobody can tell from the image."""
+    request = Request(prompt="a handwritten two", steps=5, seed=2, scheduler="EulerAncestral")
+    expected = runtime.generate([request])[0].latents
+    own, name = (session_module, "run_noise") if where == "drawn" else (Slots, "put_noise")
+    rightly, calls = getattr(own, name), []
+
+    def fails_at_first(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            if where == "drawn":
+                torch.randn(5, generator=args[0])
+            raise torch.OutOfMemoryError("none left for the noise")
+        return rightly(*args)
+
+    monkeypatch.setattr(own, name, fails_at_first)
+    with runtime.session() as session:
+        slot = session.add(runtime.prepare(request))
+        with pytest.raises(torch.OutOfMemoryError):
+            session.step()
+        assert torch.equal(finish(session, slot).sample, expected)
+
+
+def test_a_hosts_default_device_is_not_fastdiffs(pipe: Any, runtime: Runtime) -> None:
+    """On which no generator of a request can draw; "meta" stands for any other."""
+    request = Request(prompt="a handwritten two", steps=5, seed=2, scheduler="EulerAncestral")
+    expected, state = runtime.generate([request])[0].latents, runtime.prepare(request)
+    pack.cache_clear()
+    fastdiff.table_cache.clear()
+    with torch.device("meta"):
+        assert fastdiff.renoise(pipe.scheduler, [900, 500]).A.device.type == "cpu"
+        assert Runtime(pipe, max_batch=2).certificate is not None
+        with runtime.session() as session:
+            made = finish(session, session.add(state)).sample
+    assert torch.equal(made, expected)
 
 
 def test_a_session_that_is_dropped_open_warns_and_lets_the_next_one_in(runtime: Runtime) -> None:
