@@ -27,7 +27,7 @@ from fastdiff.scheduler import TableScheduler, table_scheduler
 from fastdiff.weights import is_adapter
 
 AccelerateMode = Literal["eager", "compiled", "graph"]
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
 SCHEDULE = ("timesteps", "sigmas", "num_inference_steps")  # of the last call, for people to read
 
 _moving = threading.RLock()  # calls that move, cast or rescale weights, or keep something in the model
@@ -113,7 +113,7 @@ class Acceleration:
         """The pipeline's own call, on a pipe of its own: diffusers keeps what was asked for on the pipe itself."""
         modules = _modules(self.pipe)
         hooked = _is_hooked(modules)
-        alone = hooked or any(map(is_adapter, modules)) or _changes_its_models(self.pipe)
+        alone = hooked or any(map(is_adapter, modules)) or _changes_its_models(self.pipe, modules)
         with _moving if alone else nullcontext():
             with self._lock:
                 self._find_forwards(hooked)  # not while another call changes the model
@@ -133,7 +133,8 @@ class Acceleration:
 
         Components and their config are as they were; of the scheduler, people read the schedule.
         """
-        scheduler = own["scheduler"]
+        replaced = vars(pipe)["scheduler"]  # a copy of its own, where a pipeline steps several: with the counts so far
+        scheduler = replaced if isinstance(replaced, TableScheduler) else own["scheduler"]
         with self._lock:
             self.calls.remove(pipe)
             calls, rows, fallbacks = self._counts
@@ -257,8 +258,21 @@ def _is_hooked(modules: Iterable[nn.Module]) -> bool:
     return any("_hf_hook" in vars(one) or getattr(vars(one).get("_diffusers_hook"), "hooks", None) for one in modules)
 
 
-def _changes_its_models(pipe: Any) -> bool:
-    """Whether each call changes a model and back, the autoencoder's dtype (SDXL in half) or attention (PAG, SAG)."""
-    names = inspect.unwrap(type(pipe).__call__).__code__.co_names
+def _changes_its_models(pipe: Any, modules: Iterable[nn.Module]) -> bool:
+    """Whether each call changes a model and back, or keeps something in its layers.
+
+    The autoencoder's dtype (SDXL in half), attention (PAG, SAG, LEdits++), fusers (GLIGEN); frames (EasyAnimate).
+    """
+    cls = type(pipe)
+    names = set(_names(cls.__call__))
+    for method in [inspect.getattr_static(cls, name, None) for name in names]:
+        names.update(_names(method) if isinstance(method, FunctionType) else ())
     half = getattr(getattr(pipe, "vae", None), "dtype", torch.float32) != torch.float32
-    return "set_attn_processor" in names or (half and "force_upcast" in names)
+    switched = names & {"set_attn_processor", "enable_fuser"} or (half and "force_upcast" in names)
+    return bool(switched) or any("prev_features" in vars(module) for module in modules)
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    """All that it looks up by name: globals, attributes, methods."""
+    names: tuple[str, ...] = inspect.unwrap(function).__code__.co_names
+    return names

@@ -103,7 +103,7 @@ class Fingerprint:
 
 
 def fingerprint(scheduler: Any) -> Fingerprint:
-    """Class, config items, and whatever its attributes hold.
+    """Class, config items, whatever its attributes hold, and the process's default dtype, in which some compute.
 
     What `set_timesteps` and a run's steps write is left out, so that a template in use is not a different scheduler.
     """
@@ -135,12 +135,13 @@ class _Seen:
     """A scheduler as it was when its key was taken."""
 
     def __init__(self, scheduler: Any) -> None:
-        self._config = scheduler.config
+        self._config, self._default_dtype = scheduler.config, torch.get_default_dtype()
         config = {key: (value, freeze(value)) for key, value in self._config.items() if key[0] != "_"}
         self._attributes = {key: value for key, value in vars(scheduler).items() if _counts(key, value)}
         attributes = {key: freeze(value) for key, value in self._attributes.items()}
         self.key = Fingerprint(
             (
+                self._default_dtype,
                 type(scheduler),
                 tuple((key, frozen) for key, (_, frozen) in config.items()),
                 tuple(attributes.items()),
@@ -170,6 +171,8 @@ class _Seen:
             elif _counts(key, value):
                 return False
         if same != len(before) or scheduler.config is not self._config:
+            return False
+        if torch.get_default_dtype() is not self._default_dtype:
             return False
         for tensor, pointer, dtype, shape, read, content in self._watched:
             moved = tensor.data_ptr() != pointer  # `set_` and `.data =` move it

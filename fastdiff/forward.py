@@ -72,20 +72,36 @@ class Forward:
                 return made(*args, **kwargs)
             if len(self._made) >= MOST_KEYS:
                 self.close()
-            made = self._compiled() if self._graphs is None else self._captured(self._graphs, leaves, spec)
-            output = made(*args, **kwargs)  # the first compiles
+            if self._graphs is None:
+                made, output = self._compiled(args, kwargs)
+            else:
+                made = self._captured(self._graphs, leaves, spec)
+                output = made(*args, **kwargs)
             self.built += 1
             if self._settings.now()[0] == settings:  # else another thread set them, and nobody knows which are in it
                 self._made[key] = made, kept
             return output
 
-    def _compiled(self) -> Callable[..., Any]:
-        model = self.model
+    def _compiled(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, called: bool = False
+    ) -> tuple[Callable[..., Any], Any]:
+        """The forward, compiled, and what it gives for these arguments; `called`: the model was, as it is, before."""
+        model, name = self.model, type(self.model).__name__
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
 
-        return compiled(forward, f"forward_{type(model).__name__}", "default", self._backend)
+        made = compiled(forward, f"forward_{name}", "default", self._backend)
+        try:
+            return made, made(*args, **kwargs)
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            if not called:
+                model(*args, **kwargs)  # some fill tables in their first forward, in ways that dynamo does not follow
+            if called or self._weights.changed() is None:
+                why = str(error).splitlines()[0]
+                raise CannotCapture(f"{name}.forward cannot be compiled: {why}; use mode 'eager'") from error
+        self._weights = Weights(model, self._settings)
+        return self._compiled(args, kwargs, called=True)
 
     def _captured(self, graphs: StepGraphs, leaves: list[Any], spec: pytree.TreeSpec) -> Callable[..., Any]:
         """A graph over copies of the tensors among `leaves`, all of them on the graph's device."""

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fastdiff import stages
 from fastdiff.capture import Counters, Mode, Steps, smallest
-from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch
+from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch, RowsCoupled
 from fastdiff.families import Family, family_of
 from fastdiff.isolation import Certificate, certify
 from fastdiff.plan import CapturePlan
 from fastdiff.profile import Choice, Profile, choose, profile_step
 from fastdiff.request import Request, Result, is_scale
-from fastdiff.session import Session, Turn
+from fastdiff.session import Session, Turn, check_fits
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
@@ -160,11 +160,21 @@ class Runtime:
         return self.steps.graphs.counters if self.steps.graphs else None
 
     def recapture(self) -> None:
-        """Capture, or compile, and certify anew, after weights were replaced, moved, wrapped or rescaled."""
+        """Capture, or compile, and certify anew, after weights were replaced, moved, wrapped or rescaled.
+
+        RowsCoupled, which closes the runtime, if the model no longer treats the requests of a batch apart.
+        """
         with self.session():
             self.steps.recapture()
+            coupled: RowsCoupled | None = None
             if self.certificate is not None:
-                self.certificate = self._certify()
+                try:
+                    self.certificate = self._certify()
+                except RowsCoupled as error:
+                    coupled = error
+        if coupled is not None:
+            self.close()
+            raise coupled
 
     def capture(self, batch_size: int) -> None:
         """Capture a batch size that the byte budget left out, in the place of less used ones."""
@@ -220,7 +230,14 @@ class Runtime:
             except (FastdiffError, TypeError, ValueError) as error:
                 raise type(error)(f"requests[{index}]: {error}") from error
         mode = self.steps.mode  # now: another thread may close the runtime as soon as the rows have run
-        states = self._run([self._prepare(request) for request in requests])
+        states = []
+        for index, request in enumerate(requests):
+            try:
+                states.append(self._prepare(request))
+            except Exception as error:
+                error.add_note(f"in requests[{index}]")  # of whichever type the pipeline's own text encoder raises
+                raise
+        states = self._run(states)
         return [self._result(request, state, mode) for request, state in zip(requests, states, strict=True)]
 
     def denoise(
@@ -269,6 +286,8 @@ class Runtime:
             )
             for i in range(count)
         ]
+        for state in states:
+            check_fits(self.plan, state)  # all of them, before any model work
         return torch.stack([state.sample for state in self._run(states)])
 
     def session(self) -> Session:

@@ -17,6 +17,7 @@ from fastdiff.capture import Steps
 from fastdiff.errors import PlanMismatch
 from fastdiff.families import Family
 from fastdiff.noise import copy_generator, run_noise
+from fastdiff.plan import CapturePlan
 from fastdiff.slots import Slots
 from fastdiff.state import RequestState
 from fastdiff.table import StepTable
@@ -128,15 +129,12 @@ class Session:
             )
         if not self.free:
             raise PlanMismatch(f"all {self._plan.max_batch} slots are taken; take or cancel one, or raise max_batch")
+        check_fits(self._plan, state)
         table, _ = state.prepared
-        self._check_fits(state, table)
         slot = min(set(range(self._plan.max_batch)) - self._occupants.keys())
         kept = replace(state, latents=None, conditioning={}).fork()  # the caller's own may change
-        generator = None
-        if any(table.draws[state.row :]):
-            if kept.generator is None:
-                raise ValueError(f"{table.source} draws noise: the state needs a generator")
-            generator = copy_generator(kept.generator)
+        draws = any(table.draws[state.row :])
+        generator = copy_generator(kept.generator) if draws and kept.generator is not None else None
         boundary = self._family.boundary(table)
         with torch.no_grad():  # a host's latents or embeddings may want gradients; static memory must not
             self._slots.load(slot, state, boundary)
@@ -253,15 +251,6 @@ class Session:
         # On the generator's own device: the copy into the ring waits for nothing, one made here would.
         return run_noise(generator, draws, self._plan.latent_shape, occupant.state.dtype, generator.device)
 
-    def _check_fits(self, state: RequestState, table: StepTable) -> None:
-        if not isinstance(state.row, int) or not 0 <= state.row <= len(table):
-            raise ValueError(f"row: expected 0 to {len(table)}, the rows of {table.source}'s table, got {state.row!r}")
-        latents = state.prepared[1]
-        if tuple(latents.shape) != (table.memory, *self._plan.latent_shape):
-            expected = (table.memory, *self._plan.latent_shape)
-            raise PlanMismatch(f"latents: expected shape {expected}, got {tuple(latents.shape)}")
-        self._plan.check_conditioning(state.conditioning)
-
     def _occupant(self, slot: int) -> _Occupant:
         self._check_open()
         if slot not in self._occupants:
@@ -273,3 +262,19 @@ class Session:
             raise RuntimeError("this session is closed; open another with runtime.session()")
         if not self._turn.mine:
             raise RuntimeError("this session belongs to the thread that opened it: use it there, or open another here")
+
+
+def check_fits(plan: CapturePlan, state: RequestState) -> None:
+    """Raise PlanMismatch or ValueError unless a slot of `plan` can run the state from its row to its end."""
+    table, latents = state.prepared
+    plan.check(table)
+    if not isinstance(state.row, int) or not 0 <= state.row <= len(table):
+        raise ValueError(f"row: expected 0 to {len(table)}, the rows of {table.source}'s table, got {state.row!r}")
+    shape = (table.memory, *plan.latent_shape)
+    if tuple(latents.shape) != shape or not latents.is_floating_point():
+        raise PlanMismatch(
+            f"latents: expected shape {shape} of a floating dtype, got {tuple(latents.shape)} {latents.dtype}"
+        )
+    plan.check_conditioning(state.conditioning)
+    if any(table.draws[state.row :]) and state.generator is None:
+        raise ValueError(f"{table.source} draws noise: the state needs a generator")

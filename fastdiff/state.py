@@ -111,10 +111,18 @@ class RequestState:
                 f"{path}: expected a RequestState of format version {FORMAT_VERSION}, "
                 f"got {found or 'another kind of file'}"
             )
-        fields = json.loads(metadata["fields"])
-        generator = None
+        try:
+            return cls._of(tensors, metadata, device)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # a part is missing, or is something else
+            raise ValueError(
+                f"{path}: expected all that RequestState.save writes, got {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], metadata: dict[str, str], device: torch.device | str) -> RequestState:
+        fields, generator = json.loads(metadata["fields"]), None
         if "generator" in tensors:
-            generator = torch.Generator(fields.get("generator") or "cpu")
+            generator = torch.Generator(fields["generator"])
             generator.set_state(tensors["generator"])
         return cls(
             request=None,
@@ -125,7 +133,7 @@ class RequestState:
             generator=generator,
             latents=tensors["latents"].to(device),
             row=fields["row"],
-            dtype=getattr(torch, fields["dtype"]),
+            dtype=torch.empty(0, dtype=getattr(torch, fields["dtype"])).dtype,  # TypeError for another name of torch's
         )
 
 

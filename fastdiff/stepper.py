@@ -62,9 +62,12 @@ def check_scheduler(scheduler: Any) -> None:
     if isinstance(scheduler, type) and is_scheduler(scheduler):
         own = scheduler.__name__
         raise TypeError(f"expected a diffusers scheduler, got the class {own}; {own}() makes a scheduler of it")
-    if name in REFUSED:
-        why, instead = REFUSED[name]
-        raise not_linear(name, why, instead)
+    for cls in type(scheduler).__mro__:
+        if cls.__name__ in REFUSED:
+            why, instead = REFUSED[cls.__name__]
+            raise not_linear(name, why, instead)
+        if "step" in vars(cls):
+            break  # of its own, or of one that is not refused
     if not is_scheduler(scheduler):
         raise TypeError(f"expected a diffusers scheduler, got {name}")
 
@@ -255,7 +258,16 @@ def fork(scheduler: Any) -> Any:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """No autograd and new tensors on the CPU, whatever the caller's thread has set."""
+    """No autograd and new tensors on the CPU, whatever the caller's thread has set.
+
+    The default dtype is not a thread's own: RuntimeError if another one changed it meanwhile.
+    """
     on_cpu = torch.get_default_device().type == "cpu"  # torch.device() as a context costs 3 us an operation
+    dtype = torch.get_default_dtype()
     with torch.inference_mode(False), torch.no_grad(), nullcontext() if on_cpu else torch.device("cpu"):
         yield
+    if torch.get_default_dtype() is not dtype:
+        raise RuntimeError(
+            f"expected torch's default dtype to stay {dtype} while a scheduler is looked at, got "
+            f"{torch.get_default_dtype()}, which another thread has set; ask again"
+        )

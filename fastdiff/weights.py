@@ -7,6 +7,7 @@ visible to both; everything else does not.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Hashable
 from types import FunctionType
@@ -38,17 +39,22 @@ class Weights:
 
     def __init__(self, model: nn.Module | None, settings: Settings | None = None) -> None:
         self._left_out = settings.places if settings else frozenset()
+        self._modules: list[tuple[str, nn.Module, type]] = []
         self._dicts: list[tuple[str, dict[Any, Any], int]] = []  # name, a dict that is watched, its length
         self._entries: list[tuple[str, dict[Any, Any], Any, Any]] = []  # name, dict, key, value: must be the same
         self._tensors: list[tuple[str, Tensor, _Address]] = []
         self._lists: list[tuple[str, list[Any], list[Any]]] = []
         for name, module in model.named_modules() if model is not None else ():
+            self._modules.append((name or type(module).__name__, module, type(module)))
             self._watch_object(name or type(module).__name__, vars(module), _OF_TORCH)
             for tree in (*_TREE, *_HOOKS):
                 self._watch_dict(f"{name}.{tree}" if name else tree, vars(module)[tree])
 
     def changed(self) -> str | None:
         """What is no longer as it was, by its name in the model; None if a graph still computes the same function."""
+        for name, module, kind in self._modules:
+            if type(module) is not kind:
+                return f"{name} was a {kind.__name__}, is a {type(module).__name__}"
         for name, entries, length in self._dicts:
             if len(entries) != length and _count(entries) != length:
                 return f"{name} has {len(entries)} entries, had {length}"
@@ -82,11 +88,11 @@ class Weights:
         self._entries.append((name, holder, key, value))
         if isinstance(value, Tensor):
             self._tensors.append((name, value, _address(value)))
-        elif type(value) is dict:
+        elif isinstance(value, dict):
             self._watch_dict(name, value)
         elif type(value) is list:
-            if all(isinstance(item, _SCALARS) for item in value):  # IP-Adapter scales, and whatever else counts
-                self._lists.append((name, value, list(value)))
+            if _is_plain(value):  # IP-Adapter scales, and whatever else counts
+                self._lists.append((name, value, copy.deepcopy(value)))
         elif _is_processor(value):
             self._watch_object(name, vars(value), frozenset())
 
@@ -95,7 +101,7 @@ class Settings:
     """What pipelines and callbacks change of `model` in mid-call, found once and read before every forward.
 
     Which attention processors run, with what numbers (an IP-Adapter's scale); which adapters are active, how strongly;
-    FreeU's factors.
+    FreeU's factors; whether GLIGEN's fusers do anything.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,9 +109,11 @@ class Settings:
         self._attention = [module for module in modules if getattr(module, "processor", None) is not None]
         self._adapters = [vars(module) for module in modules if is_adapter(module)]
         numbers = [vars(module.processor) for module in self._attention if hasattr(module.processor, "__dict__")]
+        self._fusers = [vars(module) for module in modules if isinstance(vars(module).get("enabled"), bool)]
         self._blocks = [vars(block) for block in getattr(model, "up_blocks", ())]
         self.places = frozenset(
             [(id(own), name) for own in self._adapters for name in _ADAPTER]
+            + [(id(own), "enabled") for own in self._fusers]
             + [(id(own), name) for own in self._blocks for name in _FREEU]
             + [(id(own), name) for own in numbers for name, value in own.items() if _is_setting(value)]
         )
@@ -125,6 +133,7 @@ class Settings:
             names = (active,) if isinstance(active, str) else tuple(active)
             scales = [_rounded(scaling[name]) for name in names if name in scaling]
             values.append((names, own.get("_disable_adapters"), *own.get("merged_adapters", ()), *scales))
+        values += [own["enabled"] for own in self._fusers]
         values += [own.get(name) for own in self._blocks for name in _FREEU]
         return tuple(values), kept
 
@@ -140,6 +149,10 @@ def _count(attributes: dict[str, Any]) -> int:
 
 def _is_setting(value: Any) -> bool:
     return isinstance(value, (list, *_SCALARS))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _SCALARS) or (type(value) in (list, tuple) and all(map(_is_plain, value)))
 
 
 def _frozen(value: Any, kept: list[Any]) -> Hashable:

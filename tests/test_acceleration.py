@@ -579,6 +579,15 @@ def test_settings_are_part_of_the_key_and_a_race_for_them_leaves_none() -> None:
     assert (forward.built, forward.renewed) == (4, 0)
 
 
+def test_a_model_that_cannot_be_compiled_is_refused_in_one_line() -> None:
+    class Reads(nn.Linear):
+        def forward(self, sample: Tensor) -> Tensor:
+            return super().forward(sample if sample.sum().item() > 0 else -sample)
+
+    with pytest.raises(CannotCapture, match=r"^Reads.forward cannot be compiled: .*; use mode 'eager'$"):
+        Forward(Reads(4, 4), "compiled", "eager")(torch.ones(1, 4))
+
+
 def test_forgetting_is_bounded_and_seen() -> None:
     from fastdiff.forward import MOST_KEYS
 

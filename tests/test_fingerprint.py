@@ -223,6 +223,20 @@ def test_a_shift_of_numpys_type_is_that_shift() -> None:
     assert tables[1] == tables[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_table_made_under_another_default_dtype_is_not_served_under_this_one(dtype: torch.dtype) -> None:
+    """Which is the whole process's: a loader of models sets it while others ask for tables. LCM computes in it."""
+    one = diffusers.LCMScheduler()
+    expected = fastdiff.tabulate(one, 4)
+    fastdiff.table_cache.clear()
+    torch.set_default_dtype(dtype)
+    try:
+        assert fastdiff.tabulate(one, 4) != expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert fastdiff.tabulate(one, 4) == expected
+
+
 def test_a_changed_scheduler_gets_another_table() -> None:
     one = diffusers.DDIMScheduler()
     table = fastdiff.tabulate(one, 4)

@@ -110,6 +110,18 @@ def test_a_runtime_over_a_coupled_model_is_refused(pipe: Any) -> None:
     assert fastdiff.Runtime(coupled, max_batch=1).certificate is None
 
 
+def test_a_model_that_has_become_coupled_is_served_no_more(pipe: Any) -> None:
+    own = copy.copy(pipe)
+    own.unet = copy.deepcopy(pipe.unet)
+    runtime = fastdiff.Runtime(own, max_batch=2)
+    runtime.recapture()
+    own.unet.conv_out.register_forward_hook(lambda module, inputs, output: output - output.mean(0))
+    with pytest.raises(RowsCoupled, match="couples the requests of a batch"):
+        runtime.recapture()
+    with pytest.raises(RuntimeError, match="this runtime was closed"):
+        runtime.generate([fastdiff.Request(prompt="a handwritten two", steps=2)])
+
+
 def test_a_second_segments_model_is_asked_too() -> None:
     def coupled(sample: Tensor, timestep: Tensor, conditioning: Any, guidance: Tensor) -> Tensor:
         return sample - sample.mean(dim=0, keepdim=True)

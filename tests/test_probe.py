@@ -600,6 +600,37 @@ def test_a_scheduler_that_is_not_linear_is_refused_naming_the_operation_its_file
     assert "Use instead: its own step()" in str(refused.value)
 
 
+def test_a_default_dtype_that_changes_meanwhile_is_an_error_and_nothing_is_kept() -> None:
+    class Loading(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+            super().set_timesteps(num_inference_steps, device)
+            torch.set_default_dtype(loaded_in)
+
+    loaded_in, one = torch.bfloat16, Loading()
+    try:
+        with pytest.raises(RuntimeError, match=r"default dtype to stay torch.float32 .*, got torch.bfloat16"):
+            fastdiff.tabulate(one, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    loaded_in = torch.float32
+    assert len(fastdiff.tabulate(one, 4)) == 4
+
+
+def test_a_subclass_is_refused_with_its_class_unless_it_has_a_step_of_its_own() -> None:
+    class Named(diffusers.CosineDPMSolverMultistepScheduler):  # type: ignore[misc]
+        pass
+
+    class Own(diffusers.RePaintScheduler):  # type: ignore[misc]
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return (sample - 0.1 * model_output,)
+
+    with pytest.raises(NotLinear, match="Named is not a table: its noise comes from a Brownian tree"):
+        fastdiff.tabulate(Named(), 3)
+    with fastdiff.acquire(Named(), "isolate") as lease:
+        assert lease.ownership == "cloned"
+    assert fastdiff.tabulate(Own(), 3).b.tolist() == [[-0.1]] * 3
+
+
 def test_a_scheduler_that_adds_a_constant_is_refused() -> None:
     with pytest.raises(NotLinear, match="Offset is not a table: it adds a constant to its latents"):
         fastdiff.tabulate(Offset(), 4)

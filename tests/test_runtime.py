@@ -391,6 +391,38 @@ def test_denoise_refuses_what_is_not_finite_before_any_model_work(
     assert not calls
 
 
+@pytest.mark.parametrize("second", ["a table that is too long", "no generator"])
+def test_denoise_refuses_the_last_request_before_the_first_has_run(pipe: Any, second: str) -> None:
+    own, calls = Runtime(pipe, max_batch=1, rows=8, certify=False), []
+    states = [own.prepare(Request(prompt="a handwritten two", steps=4, scheduler=name)) for name in ("DDIM", "LCM")]
+    tables = [states[0].prepared[0], states[1].prepared[0]]
+    if second != "no generator":
+        tables[1] = fastdiff.tabulate(pipe.scheduler, 9)
+    conditioning = {"prompt_embeds": torch.stack([state.conditioning["prompt_embeds"] for state in states])}
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises((PlanMismatch, ValueError), match=r"needs rows = 9|needs a generator"):
+            own.denoise(torch.zeros(2, *own.plan.latent_shape), conditioning, tables)
+    finally:
+        hook.remove()
+    assert not calls
+
+
+def test_an_error_of_the_text_encoder_says_whose_text_it_was(pipe: Any, runtime: Runtime) -> None:
+    def fails(module: Any, inputs: Any) -> None:
+        if encoded.append(1) or len(encoded) == 2:  # type: ignore[func-returns-value]
+            raise LookupError("no such token")
+
+    encoded: list[int] = []
+    hook = pipe.text_encoder.register_forward_pre_hook(fails)
+    try:
+        with pytest.raises(LookupError, match="no such token") as raised:
+            runtime.generate([Request(prompt="a handwritten two", guidance_scale=1.0, steps=2)] * 3)
+    finally:
+        hook.remove()
+    assert raised.value.__notes__ == ["in requests[1]"]
+
+
 @pytest.mark.parametrize("ring_bytes", [0, 32 * 2**20])
 @pytest.mark.parametrize("unroll", [2, 4])
 def test_several_rows_a_call_are_as_many_calls(pipe: Any, runtime: Runtime, unroll: int, ring_bytes: int) -> None:

@@ -1055,3 +1055,22 @@ def test_probing_logs_nothing_of_what_no_user_did(name: str) -> None:
     finally:
         logger.removeHandler(handler)
     assert [record.getMessage() for record in records] == []
+
+
+@pytest.mark.parametrize("begin", [None, 4])
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_noise_that_is_added_before_the_first_row_sets_its_index(name: str, begin: int | None) -> None:
+    """`scale_noise` of image-to-image looks the first timestep up, and leaves its index for `step`."""
+    template = getattr(diffusers, name)(shift=3.0)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    made = []
+    for scheduler in (copy.deepcopy(template), fastdiff.table_scheduler(template, strict=True)):
+        scheduler.set_timesteps(6)
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        timesteps = scheduler.timesteps[begin or 0 :]
+        sample = scheduler.scale_noise(noise.flip(1), timesteps[:1], noise)
+        for t in timesteps:
+            sample = scheduler.step(torch.sin(sample), t, sample).prev_sample
+        made.append(sample)
+    torch.testing.assert_close(made[1], made[0])

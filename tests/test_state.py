@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fastdiff.noise import normal
 from fastdiff.state import RequestState
@@ -96,6 +99,26 @@ def test_what_is_no_whole_file_is_refused_with_its_path(tmp_path: Path, kind: st
     with pytest.raises(
         ValueError, match=rf"^{path}: expected a file that RequestState.save wrote, got another or a cut"
     ):
+        RequestState.load(path)
+
+
+@pytest.mark.parametrize("missing", ["latents", "row", "dtype", "generator", "short generator", "init_noise_sigma"])
+def test_a_file_that_lacks_a_part_is_refused_with_its_path(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "state.safetensors"
+    replace(advanced_state(), generator=torch.Generator()).save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    fields = json.loads(metadata["fields"])
+    if missing == "short generator":
+        tensors["generator"] = tensors["generator"][:100]
+    elif missing == "dtype":
+        fields["dtype"] = "save"
+    elif missing in fields:
+        del fields[missing]
+    else:
+        del (tensors if missing in tensors else metadata)[missing]
+    save_file(tensors, path, metadata | {"fields": json.dumps(fields)})
+    with pytest.raises(ValueError, match=rf"^{path}: expected all that RequestState.save writes, got "):
         RequestState.load(path)
 
 

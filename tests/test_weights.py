@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def model(pipe: Any) -> Any:
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attention.to_q = LoraLinear(attention.to_q)
     attention.processor = Processor()
-    unet.cache = [1.0, 2.0]
+    unet.cache, unet.scales, unet.named = [1.0, 2.0], [[1.0, 0.5], [0.5]], OrderedDict(first=1.0)
     return unet
 
 
@@ -108,6 +109,18 @@ def _list(model: Any) -> None:
     model.cache[1] = 3.0
 
 
+def _nested_list(model: Any) -> None:
+    model.scales[1][0] = 3.0
+
+
+def _ordered(model: Any) -> None:
+    model.named["first"] = 3.0
+
+
+def _class(model: Any) -> None:
+    model.conv_in.__class__ = type("Patched", (type(model.conv_in),), {})
+
+
 def _other_memory(model: Any) -> None:
     model.conv_in.weight.data = model.conv_in.weight.data.clone()
 
@@ -126,6 +139,9 @@ CHANGES: dict[Callable[[Any], None], str] = {
     _buffer: "_buffers has 1 entries, had 0",
     _attribute: "conv_in has",
     _list: r"cache was \[1.0, 2.0\], is \[1.0, 3.0\]",
+    _nested_list: r"scales was \[\[1.0, 0.5\], \[0.5\]\], is \[\[1.0, 0.5\], \[3.0\]\]",
+    _ordered: r"named\['first'\] was 1.0, is 3.0",
+    _class: "conv_in was a Conv2d, is a Patched",
     _other_memory: "moved, resized or cast",
 }
 

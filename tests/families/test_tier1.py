@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +11,20 @@ from typing import Any
 
 import accelerate
 import diffusers
+import numpy as np
 import peft
 import pytest
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import fastdiff
 from fastdiff import NotLinear, table_scheduler
+from fastdiff.acceleration import DENOISERS
 from tests.families.tiny import WIDTH, clip, fill, ready, relative_error, tokenizer
-from tests.families.tiny_pipelines import NOT_LINEAR, NOT_TAKEN, PIPELINES, TEXT, Refusal, shared
+from tests.families.tiny_pipelines import NOT_LINEAR, NOT_TAKEN, PIPELINES, TEXT, Refusal, shared, stable_diffusion
 
 STEPS = 4
 
@@ -271,6 +275,131 @@ def test_threads_perturb_the_attention_that_they_share_one_at_a_time(perturbing:
         alone = [image(perturbing, **one) for one in PERTURBED]
         for _ in range(4):
             assert all(map(torch.equal, alone, pool.map(lambda one: image(perturbing, **one), PERTURBED)))
+
+
+def gligen() -> Any:
+    """Whose call switches its fusers off after a part of its steps; with gates as wide open as trained ones."""
+    torch.manual_seed(0)
+    sampler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = filled(stable_diffusion(sampler, "StableDiffusionGLIGENPipeline", attention_type="gated"))
+    for name, parameter in pipe.unet.named_parameters():
+        if name.endswith(("alpha_attn", "alpha_dense")):
+            parameter.data.fill_(1.0)
+    return ready(pipe, 1.5)
+
+
+BOXED: dict[str, Any] = {"gligen_phrases": ["a two"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fusers_that_a_call_switches_off_are_off_in_the_rows_after_it(mode: Any) -> None:
+    own = gligen()
+    calls = [lambda beta=beta: image(own, **BOXED, gligen_scheduled_sampling_beta=beta) for beta in (0.25, 1.0)]
+    assert_accelerated(own, mode, calls, built=2)
+
+
+def ledits() -> Any:
+    """Whose call has a method of its own set the attention processors."""
+    blocks = {"down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2), "block_out_channels": (8, 16, 16)}
+    blocks["up_block_types"] = (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D")
+    sampler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", steps_offset=1)
+    pipe = ready(filled(stable_diffusion(sampler, "LEditsPPPipelineStableDiffusion", **blocks)), 1.5)
+    drawn = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), np.uint8))
+    pipe.invert(drawn, num_inversion_steps=6, skip=0.1, generator=torch.Generator().manual_seed(0))
+    return pipe
+
+
+def edited(pipe: Any, prompts: list[str], scale: float) -> Tensor:
+    images: Tensor = pipe(
+        editing_prompt=prompts, edit_guidance_scale=scale, edit_threshold=0.7, use_cross_attn_mask=True,
+        output_type="pt",
+    ).images  # fmt: skip
+    return images
+
+
+def easy_animate() -> Any:
+    """Whose autoencoder keeps the last frames in its layers."""
+    spatial = "SpatialDownBlock3D", "SpatialUpBlock3D"
+    down, up = ([first, *[first.replace("Spatial", "SpatialTemporal")] * 3] for first in spatial)
+    vae = diffusers.AutoencoderKLMagvit(
+        down_block_types=down, up_block_types=up, block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1,
+        norm_num_groups=2, spatial_group_norm=False,
+    )  # fmt: skip
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, num_layers=1,
+        text_embed_dim=WIDTH, text_embed_dim_t5=None, sample_width=16, sample_height=16, patch_size=2,
+    )  # fmt: skip
+    sampler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return filled(
+        diffusers.EasyAnimatePipeline(
+            vae=vae, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=sampler
+        )
+    )
+
+
+def animated(pipe: Any, seed: int) -> Tensor:
+    embeds, mask = torch.ones(1, 8, WIDTH), torch.ones(1, 8)
+    frames: Tensor = pipe(
+        prompt_embeds=embeds, negative_prompt_embeds=-embeds, prompt_attention_mask=mask,
+        negative_prompt_attention_mask=mask, height=32, width=32, num_frames=5, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(seed), output_type="pt",
+    ).frames  # fmt: skip
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("built", "call", "asked"),
+    [
+        (gligen, lambda pipe, beta: image(pipe, **BOXED, gligen_scheduled_sampling_beta=beta), [(0.25,), (1.0,)]),
+        (ledits, edited, [(["a one", "zz"], 3.0), (["seven"], 9.0)]),
+        (easy_animate, animated, [(0,), (1,)]),
+    ],
+)
+def test_threads_take_turns_where_a_call_changes_layers(
+    built: Callable[[], Any], call: Callable[..., Tensor], asked: list[Any]
+) -> None:
+    pipe = built()
+    with fastdiff.accelerated(pipe), ThreadPoolExecutor(2) as pool:
+        alone = [call(pipe, *one) for one in asked]
+        for _ in range(2):
+            assert all(map(torch.equal, alone, pool.map(lambda one: call(pipe, *one), asked)))
+
+
+def test_a_model_that_fills_its_tables_in_its_first_forward_is_compiled_after_it() -> None:
+    """Z-Image's rotations, in a way that dynamo cannot follow."""
+    name = "ZImagePipeline"
+    own, expected = PIPELINES[name](), made(name, copy.deepcopy(shared(name).scheduler))
+    torch.manual_seed(0)
+    with fastdiff.accelerated(own, "compiled", _backend="eager") as handle:
+        call = {**PIPELINES[name].call, "num_inference_steps": STEPS}
+        output = own(**call, generator=torch.Generator().manual_seed(0), output_type="pt")[0]
+    assert relative_error(output, expected) <= 1e-4
+    assert (handle.stats.built, handle.stats.renewed) == (1, 0)
+
+
+def test_a_scheduler_that_the_pipeline_copies_in_its_call_is_counted(own: Any) -> None:
+    """Text2Video-Zero steps a second time from the middle, which a multistep sampler's table does not know."""
+    components = {name: part for name, part in own.components.items() if name != "image_encoder"}
+    zero = ready(diffusers.TextToVideoZeroPipeline(**components, requires_safety_checker=False))
+    zero.scheduler = diffusers.UniPCMultistepScheduler()
+    with fastdiff.accelerated(zero) as handle, pytest.warns(UserWarning, match="its own step"):
+        zero(prompt="a one", height=32, width=32, video_length=2, num_inference_steps=4, t0=1, t1=2, output_type="pt")
+    assert handle.stats.fallbacks > 0
+
+
+def test_every_denoiser_of_diffusers_pipelines_has_its_name_here_or_is_left_out_for_a_reason() -> None:
+    """A name that is missed runs eagerly in the midst of a compiled pipeline."""
+    found = set()
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name)
+        if isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline):
+            found |= {
+                argument
+                for argument, parameter in inspect.signature(cls).parameters.items()
+                if re.search("Transformer|UNet", str(parameter.annotation)) and "ControlNet" not in str(parameter)
+            }
+    combined, upscaled, versatile = {"prior_prior"}, {"super_res_first", "super_res_last"}, {"image_unet", "text_unet"}
+    assert found - combined - upscaled - versatile == set(DENOISERS)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -76,13 +76,16 @@ def chat_tokenizer(content: str) -> Any:
     return own
 
 
-def stable_diffusion(scheduler: Any) -> Any:
+def stable_diffusion(scheduler: Any, cls: str = "StableDiffusionPipeline", **config: Any) -> Any:
+    """Of that class, whose UNet has what `config` says otherwise."""
     unet = diffusers.UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
+        **{
+            "sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
+            "attention_head_dim": 4, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": WIDTH, **config,
+        }
     )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
+    return getattr(diffusers, cls)(
         vae=vae(), text_encoder=clip(False), tokenizer=tokenizer(), unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
