@@ -29,13 +29,15 @@ regression: $(READY)
 
 # On a CUDA machine, which may have no network: in that machine's own Python, which has torch. WHEELS is a folder of
 # wheels for what it lacks; OUT is where the journal and the report go, and is read by the next run. TIER is A, B or C,
-# CELL one cell instead.
-TIER ?= A
-CELL ?=
-OUT ?= reports/runs/gpu
+# CELL one cell instead, BUDGET the seconds after which a run is cut. An OUT or so of the environment is not meant: these
+# are given on make's own command line.
+TIER := A
+CELL :=
+BUDGET :=
+OUT := reports/runs/gpu
 gpu:
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .cache/wheels $(WHEELS)/*.whl)
-	PYTHONPATH="$(CURDIR):$(CURDIR)/.cache/wheels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fastdiff.bench gpu --tier $(TIER) --out $(OUT) $(if $(CELL),--cell "$(CELL)")
+	PYTHONPATH="$(CURDIR):$(CURDIR)/.cache/wheels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fastdiff.bench gpu --tier $(TIER) --out $(OUT) $(if $(BUDGET),--budget-s $(BUDGET)) $(if $(CELL),--cell "$(CELL)")
 
 # What such a machine lacks, beside torch, transformers, scipy and pytest, fetched where there is a network: diffusers, in
 # the version that is tested. LACKS may name more packages of constraints.txt.

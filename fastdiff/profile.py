@@ -308,10 +308,10 @@ def _measure_cuda(step: Callable[[], None], device: torch.device) -> _Measured:
         loop_s = start.elapsed_time(end) / 1e3
         host_s, row_s = median(calls_s), loop_s / len(calls_s)
         for _ in range(TRIES):
-            kernels_s = trace_kernels(step, TRACED_CALLS)
-            launches, lost = divmod(len(kernels_s), TRACED_CALLS)
+            kernels = trace_kernels(step, TRACED_CALLS)
+            launches, lost = divmod(len(kernels), TRACED_CALLS)
             if launches and not lost:
-                return _Measured(host_s, row_s, launches, sum(kernels_s) / TRACED_CALLS)
+                return _Measured(host_s, row_s, launches, sum(one.seconds for one in kernels) / TRACED_CALLS)
     return _Measured(host_s, row_s)  # the profiler may not read the device's counters, or drops some each time
 
 
@@ -330,8 +330,15 @@ def _time_calls(step: Callable[[], None], wait: Callable[[], None]) -> list[floa
     return calls_s
 
 
-def trace_kernels(step: Callable[[], None], calls: int) -> list[float]:
-    """How long each kernel, copy and fill of so many calls ran on the device, those of a graph one by one.
+class Kernel(NamedTuple):
+    """A kernel, copy or fill, and how long it ran on the device."""
+
+    name: str
+    seconds: float
+
+
+def trace_kernels(step: Callable[[], None], calls: int) -> list[Kernel]:
+    """What ran on the device in so many calls, those of a graph one by one.
 
     Calls the step 2 x `calls` times: in the first half the device's tracing starts up and may lose kernels.
     """
@@ -343,7 +350,7 @@ def trace_kernels(step: Callable[[], None], calls: int) -> list[float]:
             torch.cuda.synchronize()
             profiler.step()
     return [
-        event.time_range.elapsed_us() / 1e6
+        Kernel(event.name, event.time_range.elapsed_us() / 1e6)
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]

@@ -122,6 +122,13 @@ def test_outputs_are_finite_and_none_is_zero(name: str, dtype: torch.dtype) -> N
     assert (output != 0).float().mean() > 0.99
 
 
+def test_convolutions_keep_their_weights_as_kernels_read_them() -> None:
+    """Else inductor lays each of them out anew in every row."""
+    convolutions = [one for one in tiny("tiny-sd15-512", torch.float32).model.modules() if isinstance(one, nn.Conv2d)]
+    assert all(one.weight.is_contiguous(memory_format=torch.channels_last) for one in convolutions)
+    assert any(not one.weight.is_contiguous() for one in convolutions)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_request_has_its_own_output_at_every_batch_size(name: str) -> None:
     own = tiny(name, torch.float32)

@@ -172,6 +172,8 @@ def run(
         left_s = deadline - time.perf_counter()
         if left_s <= 0:
             return
+        if math.isfinite(cell.max_s) and left_s < cell.max_s / 2:
+            continue  # it would be cut; a shorter one may yet fit
         started = time.perf_counter()
         if apart is not None:
             apart(cell, journal, min(left_s, cell.max_s))
@@ -205,7 +207,8 @@ def measure_apart(options: argparse.Namespace, cell: Cell, journal: Journal, lim
     With it ends what would slow down or spoil the next cell: a profiler that was attached, compiled code, cached
     memory, a CUDA error, and whatever it started.
     """
-    task = {"name": cell.name, "device": options.device, "tiny": options.tiny, "out": str(options.out)}
+    task: dict[str, Any] = {"name": cell.name, "limit_s": limit_s}
+    task |= {"device": options.device, "tiny": options.tiny, "out": str(options.out)}
     command = [sys.executable, "-m", "fastdiff.bench.gpu", json.dumps(task)]
     before, started = len(journal.read()), time.perf_counter()
     status, reason = "cut", "the run ended in it"
@@ -231,13 +234,12 @@ def wait_for_all(command: Sequence[str], limit_s: float) -> int | None:
                 os.killpg(process.pid, signal.SIGKILL)  # tests, compiler workers
 
 
-def measure_here(name: str, device: str, tiny: bool, out: str) -> None:
+def measure_here(name: str, limit_s: float, device: str, tiny: bool, out: str) -> None:
     """What `measure_apart` has its process do."""
-    settings = Settings(_place(device), tiny, Path(out))
+    settings = Settings(_place(device), tiny, Path(out), limit_s)
     (cell,) = (cell for cell in cells_of(TIERS, settings) if cell.name == name)
-    if (
-        settings.on_cuda and settings.device.index
-    ):  # 0 is current as it is, without the context that only cells which use it should hold
+    # Device 0 is current as it is, without the context that only cells which use it should hold.
+    if settings.on_cuda and settings.device.index:
         torch.cuda.set_device(settings.device)
     measure(cell, Journal(settings.out / NAME))
 

@@ -18,10 +18,12 @@ from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, interleav
 from fastdiff.capture import Built, StepGraphs
 from fastdiff.models.geometries import Inputs
 from fastdiff.probe import tabulate
-from fastdiff.profile import TRACED_CALLS, trace_kernels
+from fastdiff.profile import TRACED_CALLS, Kernel, trace_kernels
 from fastdiff.slots import Slots
 from fastdiff.stages import scheduler_class
 from fastdiff.state import RequestState
+
+LONGEST = 15  # kernels of an arm that are told by name
 
 Entry = dict[str, Any]
 Model = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], Tensor]
@@ -239,7 +241,7 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 class RowSample(Sample):
     """One schedule of one arm, per row: `total_s` by the device's clock, or the host's where there is no other."""
 
-    host_s: float = 0.0  # to enqueue it, waiting for nothing
+    host_s: float = 0.0  # to enqueue it: the first call's, before which the device has nothing to do, so nobody waits
     start_s: float = 0.0  # before the first row, all requests together
 
 
@@ -311,9 +313,10 @@ def _block(arm: Arm, work: Work, errors: dict[str, float]) -> Block:
             begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             started = time.perf_counter()
             begun.record()
-            arm.run(rows)
+            arm.run(arm.rows_per_call)
+            host_s = (time.perf_counter() - started) / arm.rows_per_call
+            arm.run(rows - arm.rows_per_call)
             ended.record()
-            host_s = (time.perf_counter() - started) / rows
             ended.synchronize()
             row_s = begun.elapsed_time(ended) / 1e3 / rows
         errors[arm.name] = worse(errors[arm.name], arm.error())
@@ -340,11 +343,22 @@ def traced_calls(arm: Arm, work: Work) -> int:
     return max(1, min(TRACED_CALLS, work.steps // (2 * arm.rows_per_call)))
 
 
+def longest(kernels: Sequence[Kernel], rows: int) -> list[Entry]:
+    """The kernels in which most of the time went, longest first: which ones a library and a compiler chose."""
+    seconds: dict[str, list[float]] = {}
+    for one in kernels:
+        seconds.setdefault(one.name, []).append(one.seconds)
+    entries: list[Entry] = [
+        {"kernel": name, "launches": len(own) / rows, "device_s": sum(own) / rows} for name, own in seconds.items()
+    ]
+    return sorted(entries, key=lambda entry: -entry["device_s"])[:LONGEST]
+
+
 def _observe(arm: Arm, work: Work) -> Entry:
     """Kernels, times that the host waited, allocations."""
     calls = traced_calls(arm, work)
     arm.start()
-    kernels_s = trace_kernels(partial(arm.run, arm.rows_per_call), calls)
+    kernels = trace_kernels(partial(arm.run, arm.rows_per_call), calls)
     traced_rows = calls * arm.rows_per_call
     arm.start()
     torch.cuda.synchronize()
@@ -358,8 +372,9 @@ def _observe(arm: Arm, work: Work) -> Entry:
             torch.cuda.set_sync_debug_mode("default")
     return {
         # Per row; a graph's kernels are counted one by one. None where the profiler may not read the device.
-        "launches": len(kernels_s) / traced_rows if kernels_s else None,
-        "device_s": sum(kernels_s) / traced_rows if kernels_s else None,
+        "launches": len(kernels) / traced_rows if kernels else None,
+        "device_s": sum(one.seconds for one in kernels) / traced_rows if kernels else None,
+        "longest": longest(kernels, traced_rows),
         # Of a whole schedule.
         "syncs": sum("called a synchronizing CUDA operation" in str(one.message) for one in caught),
         "allocations": torch.cuda.memory_stats()["allocation.all.allocated"] - allocated,

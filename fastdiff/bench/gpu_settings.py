@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ class Settings:
     device: torch.device
     tiny: bool  # whether it runs, not how fast: see GpuSuite.tiny
     out: Path
+    limit_s: float = math.inf  # after which the cell's process is killed
 
     @property
     def on_cuda(self) -> bool:

@@ -112,6 +112,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "capability": [properties.major, properties.minor],
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "driver": Nvml(device).driver,
     }
 

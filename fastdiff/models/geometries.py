@@ -99,6 +99,9 @@ def _build(name: str, config: Mapping[str, Any], device: torch.device, dtype: to
             model: nn.Module = getattr(diffusers, name)(**config)
         finally:
             torch.set_default_dtype(default)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # As one serves it: cuDNN and inductor would lay every convolution's weights out anew in each row.
+        nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
     nn.Module.to(model, dtype)  # buffers with a dtype of their own, as a pipeline's; diffusers' `to` warns of casts
     return model.eval().requires_grad_(False)
 

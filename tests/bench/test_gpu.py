@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from fastdiff.bench.gpu_arms import (
     ModelAlone,
     SlotRows,
     Work,
+    longest,
     measure_rows,
     traced_calls,
 )
@@ -51,8 +53,10 @@ from fastdiff.bench.words import NEEDS_CUDA
 from fastdiff.capture import Steps
 from fastdiff.models.geometries import Inputs, geometry
 from fastdiff.plan import CapturePlan
+from fastdiff.profile import Kernel
 from fastdiff.slots import Slots
 
+ROOT = Path(__file__).parents[2]
 RULE = Settings(torch.device("cpu"), True, Path()).rule
 
 
@@ -143,9 +147,11 @@ def test_a_cell_is_given_its_own_limit_or_what_is_left(journal: Journal) -> None
         limits.append(limit_s)
         measure(one, journal)
 
-    run([replace(cell("one"), max_s=5.0), replace(cell("two"), max_s=500.0)], journal, 60.0, apart)
+    cells = [replace(cell("one"), max_s=5.0), replace(cell("too long"), max_s=500.0), replace(cell("two"), max_s=90.0)]
+    run(cells, journal, 60.0, apart)
     assert limits[0] == 5.0
-    assert 0 < limits[1] < 60
+    assert 45 < limits[1] < 60
+    assert outcomes(journal.read()) == {"one": "ok", "two": "ok"}
 
 
 def test_cells_come_by_tier_and_every_geometry_at_its_cheapest_first() -> None:
@@ -155,8 +161,8 @@ def test_cells_come_by_tier_and_every_geometry_at_its_cheapest_first() -> None:
     assert len({one.name for one in every}) == len(every)
     names = [one.name for one in every]
     assert names[:5] == ["CUDA tests", "ceilings", "null model x 1", "dit-xl-256 x 1", "sd15-512 x 1"]
-    assert names[5:9] == ["null model x 8", "dit-xl-256 x 8", "sd15-512 x 8", "null model x 4"]
-    assert names[9:11] == ["dit-xl-256 x 4", "sd15-512 x 4"]
+    assert names[5:9] == ["null model x 8", "dit-xl-256 x 8", "sd15-512 x 8", "graphs of sd15-512"]
+    assert [one.name for one in every if one.tier == "B"][-3:] == ["null model x 4", "dit-xl-256 x 4", "sd15-512 x 4"]
     assert names[-2:] == [f"{name} x 1, max-autotune-no-cudagraphs" for name in ("dit-xl-256", "sd15-512")]
     assert all(one.max_s < 600 for one in every)  # none may hang for as long as a run takes
     assert [one.name for one in cells_of("B", settings)] == [one.name for one in every if one.tier == "B"]
@@ -572,6 +578,20 @@ def test_test_results_are_read_with_every_failure() -> None:
     page = markdown(records_of("CUDA tests", {"kind": "tests", "seconds": 3.0, "code": 1, "log_tail": [], **read}))
     assert lines_with(page, "| CUDA tests |", "1 passed, 2 failed, 1 skipped", "**not met**")
     assert "- a.bad: assert 1 == 2" in page
+
+
+def test_make_takes_no_setting_of_the_environments() -> None:
+    """Such as an OUT that others empty before each command, and the journal with it."""
+    command = ["make", "--dry-run", "gpu", "BUDGET=60"]
+    surroundings = os.environ | {"OUT": "/nowhere", "TIER": "C", "CELL": "ceilings"}
+    said = subprocess.run(command, cwd=ROOT, env=surroundings, check=True, capture_output=True, text=True).stdout
+    assert "--tier A --out reports/runs/gpu --budget-s 60 \n" in said
+
+
+def test_the_kernels_that_take_longest_are_told_by_name() -> None:
+    found = longest([Kernel("copy", 1e-6), Kernel("conv", 4e-6), *[Kernel("gemm", 2e-6)] * 4], rows=2)
+    assert [(one["kernel"], one["launches"]) for one in found] == [("gemm", 2.0), ("conv", 0.5), ("copy", 0.5)]
+    assert found[0]["device_s"] == pytest.approx(4e-6)
 
 
 def test_of_tests_that_ran_out_of_time_the_log_tells_how_far_they_came() -> None:
