@@ -97,7 +97,7 @@ class Interception(TorchDispatchMode):
             return drawn
         mean, std = (*args[op is not aten.normal :], *(0.0, 1.0))[:2]
         drawn = drawn * std + mean
-        return _into(args[0], drawn) if op is aten.normal_ else drawn
+        return args[0].copy_(drawn) if op is aten.normal_ else drawn
 
     def down_cast(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         dtype = kwargs.get("dtype")
@@ -115,7 +115,7 @@ class Interception(TorchDispatchMode):
         if any(isinstance(bound, Tensor) and bound.ndim for bound in (lo, hi)):
             raise self.refuse(f"it clamps latents by bounds that may depend on them{where()}")
         phi = self.clamp(args[0], -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi))
-        return _into(args[0], phi) if name.endswith("_") else phi
+        return args[0].copy_(phi) if name.endswith("_") else phi
 
     def bilinear(self, func: Any, args: Any, kwargs: Any) -> None:
         if self._count(args) > 1:
@@ -139,10 +139,6 @@ class Interception(TorchDispatchMode):
         return sum(
             self._count(value) if isinstance(value, (list, tuple)) else self.is_latent(value) for value in values
         )
-
-
-def _into(target: Tensor, value: Tensor) -> Tensor:
-    return target.copy_(value)
 
 
 _Answer = Callable[[Interception, Any, Any, Any], Tensor | None]

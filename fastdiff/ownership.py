@@ -89,9 +89,7 @@ class Lease:
 
     def __init__(self, template: Any, ownership: Ownership) -> None:
         self.ownership = ownership
-        self._scheduler = {"shared": lambda: template, "cloned": lambda: pristine(template)}.get(
-            ownership, lambda: None
-        )()
+        self._scheduler = template if ownership == "shared" else pristine(template) if ownership == "cloned" else None
         self._template = template
 
     @property

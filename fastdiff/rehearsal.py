@@ -145,6 +145,8 @@ def rehearse(recipe: Recipe) -> Rehearsal | Exception:
         table = table_cache.get(("unpruned", recipe.key), lambda: probe(recipe.template, recipe.schedule))
         with plain_torch():
             return _Walk(recipe, table).rehearsal()
+    except MemoryError:
+        raise  # it is of the moment
     except Exception as refused:  # the scheduler's own step() will raise it, or run where the table cannot
         return refused.with_traceback(None)  # which would keep the walk alive
 

@@ -44,10 +44,11 @@ class MemoryUse:
 class Runtime:
     """Serves requests on `pipe`, any samplers, step counts, guidance scales and seeds mixed in one batch.
 
-    `mode` is how a step runs. "eager" runs at exactly the occupied size; "compiled" at the next power of two, where
-    each size costs a compilation when it is first used; "step-graph" and "loop-graph" replay CUDA graphs of one row and
-    of `unroll` rows, all captured here; "auto" measures a row and chooses, and `choice` says why: a row is compiled for
-    it too where graphs do not pay, unless `compile` is "none".
+    `mode` is how a step runs. "eager" runs at exactly the occupied size; "compiled" at the next of the plan's batch
+    sizes, powers of two where no plan says otherwise, each of which costs a compilation when it is first used;
+    "step-graph" and "loop-graph" replay CUDA graphs of one row and of `unroll` rows, all captured here; "auto"
+    measures a row and chooses, and `choice` says why: a row is compiled for it too where graphs do not pay, unless
+    `compile` is "none".
 
     `height`, `width`, `num_frames` and `max_sequence_length`, the tokens that texts are padded to, are those of the
     pipeline's own call, and fixed here; None is its default. Shorter texts make a cheaper row.
@@ -61,8 +62,8 @@ class Runtime:
     Threads: `generate` and `denoise` may be called from many, one runs at a time; a session belongs to the thread
     that opened it.
     Streams: all device work is enqueued on the caller's current stream, and nothing waits for it but the copy of
-    finished images to the host and the look for NaN in given tensors. Aliasing: tensors that come back are copies,
-    tensors that go in are copied.
+    finished images to the host and the looks for NaN, in given tensors and finished samples. Aliasing: tensors that
+    come back are copies, tensors that go in are copied.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Runtime:
     ) -> None:
         if mode not in (modes := (*get_args(Mode), "auto")):
             raise ValueError(f"mode: expected one of {', '.join(modes)}, got {mode!r}")
-        self.family: Family = family_of(pipe, height, width, num_frames, max_sequence_length)
+        self.family: Family = family_of(
+            pipe, height=height, width=width, num_frames=num_frames, max_sequence_length=max_sequence_length
+        )
         models = self.family.models
         self._parts = [_Part(pipe, name) for name, part in vars(pipe).items() if any(part is one for one in models)]
         plan_for = partial(_plan_for, self.family, max_batch, plan=plan, capacities=capacities)
@@ -121,7 +124,7 @@ class Runtime:
         self._check_open()
         sizes = self.steps.graphs.sizes() if self.steps.graphs else self.plan.batch_sizes
         size = smallest(sizes, self.plan.max_batch if n is None else n)
-        with self.session():
+        with self.session(), torch.inference_mode(False):  # as steps run, for which it may compile
             return profile_step(
                 lambda: self.steps(size),
                 self.family.denoiser,
@@ -215,6 +218,12 @@ class Runtime:
         self._check(request)
         return self._prepare(request)
 
+    def decode(self, state: RequestState) -> Tensor:
+        """The image [C, H, W], or the video [F, C, H, W], float32 in [0, 1] on the CPU, of what a session gave back."""
+        image = stages.decode(self.family, state).image
+        assert image is not None
+        return image
+
     def generate(self, requests: Iterable[Request]) -> list[Result]:
         """One result per request, in order. A request that cannot be served raises before any model work."""
         if not isinstance(requests, Iterable):
@@ -270,8 +279,9 @@ class Runtime:
         for name, tensor in {"latents": latents, **conditioning}.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"conditioning {name}: expected a tensor [N, ...], got {type(tensor).__name__}")
-            if len(tensor) != count:
-                raise ValueError(f"conditioning {name}: expected one for each of {count} latents, got {len(tensor)}")
+            if tensor.shape[:1] != (count,):
+                found = str(len(tensor)) if tensor.ndim else "one number"
+                raise ValueError(f"conditioning {name}: expected one for each of {count} latents, got {found}")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: expected finite values, got NaN or infinity")
         states = [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.plan import CapturePlan
 from fastdiff.state import RequestState
-from fastdiff.table import GUIDANCE, RowLayout, pack
+from fastdiff.table import GUIDANCE, SCALARS, RowLayout, pack
 
 
 class Row(NamedTuple):
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     def of(cls, coefficients: Tensor, layout: RowLayout, planes: Sequence[int]) -> Row:
         """Views of packed rows [n, F], for planes of so many latents each."""
         n, K = len(coefficients), layout.memory
-        scalars, clip, weights = coefficients[:, :, None, None].split([layout.scalars, K + 1, K * layout.terms], dim=1)
+        scalars, clip, weights = coefficients[:, :, None, None].split([SCALARS, K + 1, K * layout.terms], dim=1)
         t, c_in, guidance, lo, hi = scalars.unbind(1)
         by_plane = weights.view(n, K, layout.terms, 1).split(list(planes), dim=1)
         terms = tuple(tuple(plane.unbind(2)) for plane in by_plane)

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class Schedule:
     def of(cls, scheduler: Any, begin_index: int, named: dict[str, Any]) -> Schedule:
         """Sorts `named`; one of diffusers' pipelines' own four that is None was not given."""
         name = type(scheduler).__name__
-        schedule_names, step_names = _named_parameters(type(scheduler))
+        schedule_names, step_names = _named_parameters(scheduler.__class__)
         to_set_timesteps: dict[str, Any] = {}
         to_step: dict[str, Any] = {}
         for key, value in named.items():
@@ -101,18 +102,15 @@ class Schedule:
         return cls(to_set_timesteps, to_step, operator.index(begin_index))
 
 
-_parameters: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
-
-
-def _named_parameters(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+@cache
+def _named_parameters(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
     """The parameter names of a scheduler class's `set_timesteps` and `step`; inspect.signature costs 20 us a call."""
-    if cls not in _parameters:
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        _parameters[cls] = tuple(  # type: ignore[assignment]  # a tuple of two, built in a loop
-            frozenset(key for key, p in inspect.signature(method).parameters.items() if p.kind in named) - {"self"}
-            for method in (cls.set_timesteps, cls.step)  # type: ignore[attr-defined]  # checked by Schedule.of
-        )
-    return _parameters[cls]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+    def of(method: Any) -> frozenset[str]:
+        return frozenset(key for key, p in inspect.signature(method).parameters.items() if p.kind in named) - {"self"}
+
+    return of(cls.set_timesteps), of(cls.step)
 
 
 def pristine(scheduler: Any) -> Any:
@@ -192,7 +190,7 @@ class Stepper:
                 f"variance_type={default!r}",
             )
         set_timesteps = dict(schedule.set_timesteps)
-        if "device" in _named_parameters(type(scheduler))[0]:
+        if "device" in _named_parameters(scheduler.__class__)[0]:
             set_timesteps["device"] = "cpu"
         self.scheduler.set_timesteps(**set_timesteps)
         if not len(self.scheduler.timesteps):

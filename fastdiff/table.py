@@ -306,16 +306,12 @@ class RowLayout(NamedTuple):
         return self.memory + 2 + self.draws
 
     @property
-    def scalars(self) -> int:
-        """t, c_in, guidance, lo, hi."""
-        return 5
-
-    @property
     def width(self) -> int:
         """F: floats in a row."""
-        return self.scalars + (self.memory + 1) + self.memory * self.terms
+        return SCALARS + (self.memory + 1) + self.memory * self.terms
 
 
+SCALARS = 5  # columns that come first: t, c_in, guidance, lo, hi
 GUIDANCE = 2  # the column of a packed row that belongs to the request and not to the table
 
 
@@ -333,7 +329,7 @@ def pack(table: StepTable, layout: RowLayout) -> Tensor:
     packed = table.A.new_zeros(rows, layout.width)
     packed[:, 0], packed[:, 1], packed[:, 3], packed[:, 4] = table.timesteps, table.c_in, table.lo, table.hi
     packed[:, GUIDANCE] = 1.0
-    clip, weights = packed[:, layout.scalars :].split([layout.memory + 1, layout.memory * layout.terms], dim=1)
+    clip, weights = packed[:, SCALARS:].split([layout.memory + 1, layout.memory * layout.terms], dim=1)
     clip[:, :K], clip[:, layout.memory] = table.r[:, :K], table.r[:, K]
     weights = weights.unflatten(1, (layout.memory, layout.terms))
     weights[:, :K, :K] = table.A

@@ -311,6 +311,30 @@ def test_denoise_is_generate_without_the_stages(runtime: Runtime, scheduler: str
     assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
 
 
+def test_hosts_decode_as_generate_does(runtime: Runtime) -> None:
+    """Without gradients, whose graphs would hold the decoder's activations."""
+    (expected,) = runtime.generate(MIXED[:1])
+    with torch.enable_grad(), runtime.session() as session:
+        slot = session.add(runtime.prepare(MIXED[0]))
+        while slot not in session.step():
+            pass
+        image = runtime.decode(session.take(slot))
+    assert expected.image is not None
+    assert torch.equal(image, expected.image)
+    assert not image.requires_grad
+
+
+def test_a_profile_runs_steps_as_a_session_does(pipe: Any, runtime: Runtime) -> None:
+    """In inference mode they would be compiled once more."""
+    found: list[bool] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: found.append(torch.is_inference_mode_enabled()))
+    with torch.inference_mode():
+        runtime.profile()
+    hook.remove()
+    assert found
+    assert not any(found)
+
+
 def test_tensors_that_want_gradients_leave_the_slots_without(runtime: Runtime) -> None:
     state = runtime.prepare(Request(prompt="a handwritten two", steps=2))
     table, latents = state.prepared[0], state.prepared[1][:1]
@@ -359,6 +383,11 @@ def test_denoise_refuses_what_does_not_fit(runtime: Runtime) -> None:
             {"conditioning": {"prompt_embeds": [1]}},
             TypeError,
             "conditioning prompt_embeds: expected a tensor .*, got list",
+        ),
+        (
+            {"conditioning": {"prompt_embeds": torch.tensor(1.0)}},
+            ValueError,
+            "conditioning prompt_embeds: expected one for each of 1 latents, got one number",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from fastdiff.errors import FastdiffError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; its exit code: 0; 1 regression, 2 usage, 3 invalid, 4 what could not be measured."""
+    """The command line; its exit code: 0; 1 regression or finding, 2 usage, 3 invalid, 4 what could not be measured."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "run")

@@ -73,11 +73,18 @@ def plain_name(text: str) -> str:
     return text
 
 
+def saved(text: str) -> Path | None:
+    """A saved pipeline's folder; None for the shipped one."""
+    return None if text == "digits" else folder(text)
+
+
 _SHARED: dict[str, dict[str, Any]] = {
-    "model": {"nargs": "?", "type": folder, "metavar": "MODEL", "help": "a saved diffusers pipeline (default: digits)"},
+    "model": {
+        "nargs": "?", "type": saved, "metavar": "MODEL", "help": "a saved diffusers pipeline, or digits (the default)",
+    },
     "--device": {"type": device, "default": "cpu", "help": "cpu, cuda or cuda:N (default: cpu)"},
     "--json": {"action": "store_true", "help": "print JSON instead of a table"},
-}
+}  # fmt: skip
 
 
 def model_name(model: Path | None) -> str:

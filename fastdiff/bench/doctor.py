@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.audit import Finding, audit
-from fastdiff.bench.arguments import folder, pipeline, refuse, shared
+from fastdiff.bench.arguments import pipeline, refuse, shared
 from fastdiff.bench.terminal import require_rich, say, show
 from fastdiff.errors import FastdiffError, NotLinear, NumericalError, PlanMismatch
 from fastdiff.families import FAMILIES, Family, family_of
@@ -33,10 +33,7 @@ SMALL = {"height": 128, "width": 128, "num_frames": 5, "max_sequence_length": TE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and --json."""
-    parser.add_argument(
-        "model", nargs="?", type=_model, metavar="MODEL", help="a saved diffusers pipeline, or digits (the default)"
-    )
-    shared(parser, "--json")
+    shared(parser, "model", "--json")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -196,10 +193,6 @@ class BareModel(nn.Module):
             inputs["added_cond_kwargs"] = {name: inputs.pop(name) for name in ("text_embeds", "time_ids")}
         output: Tensor = self.model(**inputs, return_dict=False)[0]
         return output[:, : sample.shape[1]]
-
-
-def _model(text: str) -> Path | None:
-    return None if text == "digits" else folder(text)
 
 
 def _model_of(pipe: Any) -> nn.Module:

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,10 +118,12 @@ def stamp() -> dict[str, Any]:
 def commit() -> dict[str, Any]:
     """The commit that fastdiff runs from, as pytest-benchmark describes one; an installed wheel has none."""
     root = Path(fastdiff.__file__).parents[1]
-    unversioned = {"id": "unversioned", "time": None, "author_time": None, "dirty": False, "project": "fastdiff"}
+    unversioned = {
+        "id": "unversioned", "time": None, "author_time": None, "dirty": False, "project": "fastdiff", "branch": None,
+    }  # fmt: skip
     if not (root / ".git").exists():
-        return {**unversioned, "branch": None}
-    try:
+        return unversioned
+    with suppress(OSError, subprocess.CalledProcessError):
         described = _git(root, "show", "-s", "--format=%H %cI %aI", "HEAD").split()
         return {
             "id": described[0],
@@ -130,8 +133,7 @@ def commit() -> dict[str, Any]:
             "project": "fastdiff",
             "branch": _git(root, "rev-parse", "--abbrev-ref", "HEAD"),
         }
-    except (OSError, subprocess.CalledProcessError):
-        return {**unversioned, "branch": None}
+    return unversioned
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -81,7 +81,7 @@ def _targets(report: Report) -> Iterator[dict[str, Any]]:
         at_least, slower_at_most = target["at_least"], target["slower_at_most"]
         if slower_at_most is not None:
             goal = f"interval below +{slower_at_most:.0%}"
-            measured = f"{slower(best)}" if best else None
+            measured = slower(best) if best else None
             met = best is not None and 1 / best["low"] - 1 < slower_at_most
         else:
             goal = f">= {at_least:g}x" if at_least is not None else "reported"

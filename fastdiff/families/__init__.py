@@ -48,13 +48,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 }
 
 
-def family_of(
-    pipe: Any,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    max_sequence_length: int | None = None,
-) -> Family:
+def family_of(pipe: Any, **size: int | None) -> Family:
     """The family that serves `pipe`, for images of `height` x `width` pixels (the model's own size if None), or videos
     of `num_frames` of them, from texts of `max_sequence_length` tokens (the pipeline's own call's if None)."""
     family = FAMILIES.get(type(pipe).__name__)
@@ -64,9 +58,8 @@ def family_of(
             "takes fastdiff.accelerate(pipe), or pipe.scheduler = fastdiff.table_scheduler(pipe.scheduler) alone, and "
             "fastdiff/families/README.md shows how to add a family"
         )
-    lengths = {"num_frames": num_frames, "max_sequence_length": max_sequence_length}
-    asked = {name: length for name, length in lengths.items() if length is not None}
-    for name, length in asked.items():
+    asked = {name: value for name, value in size.items() if value is not None}
+    for name, value in asked.items():
         if name not in inspect.signature(family).parameters:
-            raise PlanMismatch(f"{name}: expected none, {type(pipe).__name__} takes none, got {length}; leave it out")
-    return family(pipe, height, width, **asked)
+            raise PlanMismatch(f"{name}: expected none, {type(pipe).__name__} takes none, got {value}; leave it out")
+    return family(pipe, **asked)

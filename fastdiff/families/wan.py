@@ -136,7 +136,9 @@ class Wan(Family):
 
 def latent_frames(num_frames: int, scale: int) -> int:
     """Frames of the latent: one for the first, one more for every `scale`; PlanMismatch where that does not divide."""
-    if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % scale:
+    if not isinstance(num_frames, int):
+        raise PlanMismatch(f"num_frames: expected 1 more than a multiple of {scale}, got {num_frames!r}")
+    if num_frames < 1 or (num_frames - 1) % scale:
         nearest = max(0, round((num_frames - 1) / scale)) * scale + 1
         raise PlanMismatch(
             f"num_frames: expected 1 more than a multiple of {scale}, got {num_frames}; {nearest} would do"

@@ -291,6 +291,7 @@ def test_two_threads_decode_apart(one: Any) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
+        ({"num_frames": "9"}, "num_frames: expected 1 more than a multiple of 4, got '9'"),
         ({"num_frames": 80}, "num_frames: expected 1 more than a multiple of 4, got 80; 81 would do"),
         ({"num_frames": 2}, "got 2; 1 would do"),
         ({"num_frames": -3}, "got -3; 1 would do"),
