@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import stages
-from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, shared
+from fastdiff.bench.loop import OWNERS, Loop, shared
 from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import split
 from fastdiff.capture import Mode, compiled
@@ -115,13 +115,7 @@ def requests_of(
     ]
 
 
-OWNERS: dict[str, Callable[[Any], Any]] = {
-    "shared-sequential": shared,
-    "shared-locked": shared,
-    "shared-racing": shared,
-    "cloned-deepcopy": cloned_deepcopy,
-    "cloned-shallow": cloned_shallow,
-}
+ARM_OWNERS = OWNERS | dict.fromkeys(("shared-sequential", "shared-locked", "shared-racing"), shared)
 
 
 # Running requests on schedulers of diffusers
@@ -280,7 +274,7 @@ def images_of(
             runtime = bench.runtime(mode, 1)
             return [image for request in requests for image in tensorized(runtime, [request], watch)]
         return tensorized(bench.runtime(mode, len(requests)), requests, watch)
-    owner = OWNERS[name]
+    owner = ARM_OWNERS[name]
     if sequential or owner is shared:
         return served_in_turn(bench, owner, requests, watch)
     denoiser = bench.denoiser(mode, len(requests))
@@ -291,7 +285,7 @@ def interleaved(bench: Workbench, arm: str, requests: Sequence[Request]) -> list
     """Concurrent requests a row each in turn, each request's image or what it raised."""
     if arm == "tensorized":
         return list(tensorized(bench.runtime("eager", len(requests)), requests, bench.stopwatch()))
-    owner = OWNERS[arm]
+    owner = ARM_OWNERS[arm]
     if arm == "shared-locked":
         return list(served_in_turn(bench, owner, requests, bench.stopwatch()))
     return round_robin(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from fastdiff.bench import files, suite
 from fastdiff.bench.arms import Workbench, requests_of, served
 from fastdiff.bench.rows import RowBench, count_steps, count_tables
 from fastdiff.bench.suite import CountCase, RowCase
-from fastdiff.bench.vram import live_tensors, storage_bytes, vram_peak
+from fastdiff.bench.vram import live_tensors, storage_bytes, syncs, vram_peak
 from fastdiff.bench.worker import counted
 from fastdiff.capture import own_code, step_function
 from fastdiff.plan import CapturePlan, shipped
@@ -213,7 +212,7 @@ def _rows_on_cuda(bench: Workbench) -> Iterator[Figure]:
     for n in BATCHES:
         profile = eager.profile(n)  # and warm from here on
         yield f"ops per row: model, batch {n}", profile.operations
-        yield f"host syncs per row: model, batch {n}", _syncs(partial(eager.steps, n))
+        yield f"host syncs per row: model, batch {n}", syncs(partial(eager.steps, n))
         allocated = torch.cuda.memory_allocated(bench.device)
         peak_bytes = vram_peak(bench.device, partial(eager.steps, n))
         assert peak_bytes is not None
@@ -221,16 +220,3 @@ def _rows_on_cuda(bench: Workbench) -> Iterator[Figure]:
         for name, runtime in (("launches per row", eager), ("graph nodes", graphed)):
             yield f"{name}: model, batch {n}", runtime.profile(n).launches
     graphed.close()
-
-
-def _syncs(step: Callable[[], object]) -> int:
-    """How often the host waits for the device in a step, as torch tells."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)

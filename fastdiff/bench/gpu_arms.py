@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.bench.loop import Loop
 from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, interleave, worse
+from fastdiff.bench.vram import syncs
 from fastdiff.capture import Built, StepGraphs
 from fastdiff.models.geometries import Inputs
 from fastdiff.probe import tabulate
@@ -363,19 +363,13 @@ def _observe(arm: Arm, work: Work) -> Entry:
     arm.start()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            arm.run(work.steps)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    waited = syncs(partial(arm.run, work.steps))
     return {
         # Per row; a graph's kernels are counted one by one. None where the profiler may not read the device.
         "launches": len(kernels) / traced_rows if kernels else None,
         "device_s": sum(one.seconds for one in kernels) / traced_rows if kernels else None,
         "longest": longest(kernels, traced_rows),
         # Of a whole schedule.
-        "syncs": sum("called a synchronizing CUDA operation" in str(one.message) for one in caught),
+        "syncs": waited,
         "allocations": torch.cuda.memory_stats()["allocation.all.allocated"] - allocated,
     }

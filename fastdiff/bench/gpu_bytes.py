@@ -13,7 +13,7 @@ import torch
 from fastdiff.bench.gpu_arms import Entry
 from fastdiff.bench.gpu_settings import Settings
 from fastdiff.bench.gpu_suite import CellCase
-from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, shared
+from fastdiff.bench.loop import OWNERS, Loop, cloned_deepcopy
 from fastdiff.bench.rows import null_model
 from fastdiff.bench.suite import MemoryCase
 from fastdiff.bench.vram import device_bytes, settle_device
@@ -91,9 +91,7 @@ def ownership_memory(settings: Settings, case: CellCase) -> Iterator[Entry]:
     for one in settings.suite.ownership:
         for sampler in one.samplers:
             _scheduler_held(settings, sampler, cloned_deepcopy, one)  # libraries take workspaces
-            for ownership, owner in (
-                ("shared", shared), ("cloned-deepcopy", cloned_deepcopy), ("cloned-shallow", cloned_shallow),
-            ):  # fmt: skip
+            for ownership, owner in OWNERS.items():
                 held = _scheduler_held(settings, sampler, owner, one)
                 yield {"kind": "ownership", "shape": one.name, "sampler": sampler, "ownership": ownership, **held}
             held = _slot_held(settings, sampler, one)

@@ -33,6 +33,13 @@ def cloned_shallow(template: Any) -> Any:
     return clone
 
 
+OWNERS: dict[str, Callable[[Any], Any]] = {
+    "shared": shared,
+    "cloned-deepcopy": cloned_deepcopy,
+    "cloned-shallow": cloned_shallow,
+}
+
+
 # Stepping it
 
 

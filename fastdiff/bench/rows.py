@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.bench.arms import Workbench
-from fastdiff.bench.loop import Loop, cloned_deepcopy, cloned_shallow, set_timesteps, shared
+from fastdiff.bench.loop import OWNERS, Loop, cloned_deepcopy, cloned_shallow, set_timesteps
 from fastdiff.bench.measure import Block, Sample, Stopwatch
 from fastdiff.bench.suite import CountCase, ErrorCase, MemoryCase, RowCase, SetupCase
 from fastdiff.bench.vram import CountingDevice, reachable_tensors, storage_bytes
@@ -350,11 +350,7 @@ def memory(rows: RowBench, case: MemoryCase) -> Iterator[dict[str, Any]]:
     latent_bytes = 4 * torch.Size(case.latent_shape).numel()
     for sampler in case.samplers:
         template = rows.bench.template(sampler)
-        for ownership, owner in (
-            ("shared", shared),
-            ("cloned-deepcopy", cloned_deepcopy),
-            ("cloned-shallow", cloned_shallow),
-        ):
+        for ownership, owner in OWNERS.items():
             fresh = type(template).from_config(template.config)
             measured = _scheduler_bytes(fresh, owner, case)
             yield {"sampler": sampler, "ownership": ownership, "latent_bytes": latent_bytes, **measured}

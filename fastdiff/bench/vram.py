@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -118,6 +119,19 @@ def vram_peak(device: torch.device, work: Callable[[], object]) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device)
+
+
+def syncs(work: Callable[[], object]) -> int:
+    """How often the host waited for a CUDA device while `work` ran, as torch warns of it."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -165,7 +165,7 @@ def test_a_fast_wrong_answer_is_invalid(tiny_pipe: Any, monkeypatch: pytest.Monk
         clone.register_to_config(prediction_type="v_prediction")
         return clone
 
-    monkeypatch.setitem(arms.OWNERS, "cloned-shallow", wrong)
+    monkeypatch.setitem(arms.ARM_OWNERS, "cloned-shallow", wrong)
     raw = measured(tiny_pipe, parse(IMAGE_SUITE))
     case = raw["images"][0]
     assert case["arms"]["cloned-shallow/eager"]["status"] == "INVALID"
