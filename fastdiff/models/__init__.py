@@ -1,7 +1,7 @@
 """Models that come with fastdiff, for its tests, examples and first runs.
 
-``digits`` is a trained Stable Diffusion pipeline of 1.8 M parameters that draws 32x32 handwritten digits from
-prompts such as "a handwritten seven".  Its folder is data alone; ``train_digits`` is the script that made it.
+`digits` is a trained Stable Diffusion pipeline of 1.8 M parameters that draws 32x32 handwritten digits from prompts
+such as "a handwritten seven". Its folder is data alone; `train_digits` is the script that made it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIGITS_FOLDER = Path(__file__).parent / "digits"
 
 
 def digits() -> StableDiffusionPipeline:
-    """Returns the ``digits`` pipeline, freshly loaded on the CPU in float32, its progress bar off."""
+    """The `digits` pipeline, freshly loaded on the CPU in float32, its progress bar off."""
     from diffusers import StableDiffusionPipeline
 
     # `low_cpu_mem_usage` needs accelerate, which so small a pipeline has no use for.

