@@ -54,8 +54,9 @@ def accelerate(pipe: Any, mode: AccelerateMode = "eager", *, _backend: Backend =
 
     A callback gets the call's own pipe: what it sets there (`_interrupt`, `_guidance_scale`) is that call's. What it
     sets in a model, adapters or an IP-Adapter's scale, is every call's, from then on and in other threads too. A
-    pipeline takes one call at a time if it offloads, has LoRA layers, perturbs attention or casts its autoencoder in
-    each call; with offload or other hooks there is only "eager". A copy of an accelerated pipeline is not accelerated.
+    pipeline takes one call at a time if it offloads, has LoRA layers, or changes its models in each call: perturbs
+    attention, switches fusers, casts its autoencoder or keeps frames in its layers. With offload or other hooks there
+    is only "eager". A copy of an accelerated pipeline is not accelerated.
     """
     return Acceleration(pipe, mode, _backend)
 

@@ -147,7 +147,8 @@ class Session:
 
         Returns the finished slots that wait to be taken, in rising order. The first step after an `add` advances
         nothing and raises StaleGraph if the model is no longer what was compiled or captured, PlanMismatch if the
-        pipeline has another by now; the requests can be taken as they are.
+        pipeline has another by now; the requests can be taken as they are. Where a KeyboardInterrupt falls into a
+        row, that row may have run in part: cancel its requests.
         """
         self._check_open()
         if self._new:
