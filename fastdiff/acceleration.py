@@ -161,6 +161,8 @@ class Acceleration:
             return
         if hooked:
             raise CannotCapture(f"mode {self.mode!r} runs no hooks of offload or caches; remove them, or use 'eager'")
+        if _hooks_in(guider := getattr(self.pipe, "guider", None)):
+            raise CannotCapture(f"mode {self.mode!r} runs no hooks, as {type(guider).__name__} sets them; use 'eager'")
         for name in DENOISERS:
             model = getattr(self.pipe, name, None)
             if not isinstance(model, nn.Module):
@@ -260,17 +262,28 @@ def _is_hooked(modules: Iterable[nn.Module]) -> bool:
 
 
 def _changes_its_models(pipe: Any, modules: Iterable[nn.Module]) -> bool:
-    """Whether each call changes a model and back, or keeps something in its layers.
+    """Whether each call changes a model and back, or keeps something of its own in what all calls share.
 
-    The autoencoder's dtype (SDXL in half), attention (PAG, SAG, LEdits++), fusers (GLIGEN); frames (EasyAnimate).
+    The autoencoder's dtype (SDXL, unless all is float32), attention (PAG, SAG, LEdits++), fusers (GLIGEN), weights
+    (Shap-E); what a guider goes by (HunyuanImage), an image's size (OmniGen), frames (EasyAnimate).
     """
     cls = type(pipe)
     names = set(_names(cls.__call__))
     for method in [inspect.getattr_static(cls, name, None) for name in names]:
         names.update(_names(method) if isinstance(method, FunctionType) else ())
-    half = getattr(getattr(pipe, "vae", None), "dtype", torch.float32) != torch.float32
-    switched = names & {"set_attn_processor", "enable_fuser"} or (half and "force_upcast" in names)
-    return bool(switched) or any("prev_features" in vars(module) for module in modules)
+    # Not of the autoencoder alone: another call may just have cast it.
+    half = any(getattr(part, "dtype", torch.float32) != torch.float32 for part in vars(pipe).values())
+    if names & {"set_attn_processor", "enable_fuser"} or (half and "force_upcast" in names):
+        return True
+    kept = any(getattr(pipe, name, None) is not None for name in ("guider", "shap_e_renderer", "multimodal_processor"))
+    return kept or any("prev_features" in vars(module) for module in modules)
+
+
+def _hooks_in(guider: Any) -> bool:
+    """Whether a guider of diffusers puts hooks into the model's layers in mid-call, to skip or disturb them."""
+    from diffusers.guiders import BaseGuidance
+
+    return isinstance(guider, BaseGuidance) and type(guider).prepare_models is not BaseGuidance.prepare_models
 
 
 def _names(function: Any) -> tuple[str, ...]:

@@ -262,15 +262,18 @@ class Regions:
                 if not isinstance(call, _Call):
                     call = vars(block)["_compiled_call_impl"] = _Call(block, former=call)
                 call.users += 1
+        self._outside = getattr(self._mine, "calls", None)
         self._mine.calls = self._calls
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._mine.calls
+        self._mine.calls = self._outside
         with self._placing:
             for block in self._calls:
-                call = vars(block)["_compiled_call_impl"]
+                call = vars(block).get("_compiled_call_impl")
+                if not isinstance(call, _Call):  # the user compiled it meanwhile
+                    continue
                 call.users -= 1
                 if not call.users and call.former is None:
                     del vars(block)["_compiled_call_impl"]
@@ -287,7 +290,7 @@ class _Call:
     users: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = getattr(Regions._mine, "calls", {}).get(self.block, self.former)
+        call = (getattr(Regions._mine, "calls", None) or {}).get(self.block, self.former)
         return self.block._call_impl(*args, **kwargs) if call is None else call(*args, **kwargs)
 
 

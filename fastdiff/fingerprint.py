@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
+_NAMED = (torch.dtype, torch.layout, torch.memory_format)  # of which torch makes each once, as enums do
 _LEFT_OUT = frozenset(
     {"timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index", "timestep_list", "_internal_dict"}
 )
@@ -47,9 +48,12 @@ def freeze(value: Any) -> Hashable:
         return kind, value.__code__, id(value.__globals__), *map(_freeze_bound, bound)
     if is_scheduler(value):
         return fingerprint(value)
-    if isinstance(value, Hashable):
-        return kind, value
-    return kind, freeze(vars(value)) if hasattr(value, "__dict__") else repr(value)
+    try:
+        hash(value)
+    except TypeError:  # a namespace or the like, or a set
+        held = getattr(value, "__dict__", None)
+        return kind, repr(value) if held is None else tuple((key, _freeze_bound(item)) for key, item in held.items())
+    return kind, value
 
 
 def is_scheduler(value: Any) -> bool:
@@ -76,6 +80,8 @@ def _closed_over(function: Any) -> list[Any]:
 
 def _freeze_bound(value: Any) -> Hashable:
     """Contents of what is plain data; of all else, another function or the scheduler itself, which object it is."""
+    if type(value).__hash__ is None and hasattr(value, "__dict__"):
+        return type(value), id(value)  # it may hold itself
     if type(value) in _SCALARS or isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping)):
         return freeze(value)
     try:
@@ -113,6 +119,19 @@ def fingerprint(scheduler: Any) -> Fingerprint:
         if not seen.holds_its_scheduler:  # which then would stay in the dictionary for ever
             _seen[scheduler] = seen
     return seen.key
+
+
+class Unsettled(RuntimeError):
+    """Something changed a scheduler, or the process's default dtype, while the scheduler was looked at: ask again."""
+
+
+def require_settled(scheduler: Any, key: Hashable) -> None:
+    """Raise Unsettled unless `key` is still the scheduler's."""
+    if fingerprint(scheduler) != key:
+        raise Unsettled(
+            f"expected {type(scheduler).__name__} and torch's default dtype to stay as they are while its rows are "
+            "made, but another thread changed one of them: ask again"
+        )
 
 
 class _Watched(NamedTuple):
@@ -182,8 +201,10 @@ class _Seen:
 
 
 def _counts(key: str, value: Any) -> bool:
-    """Whether rows may depend on this attribute of a scheduler."""
-    return key not in _LEFT_OUT and not _is_of_a_run(value)
+    """Whether rows may depend on this attribute of a scheduler; an object that equals nothing but itself is no data."""
+    hashes: Any = type(value).__hash__
+    is_data = hashes is not object.__hash__ or isinstance(value, _NAMED) or callable(value) or is_scheduler(value)
+    return is_data and key not in _LEFT_OUT and not _is_of_a_run(value)
 
 
 def _is_of_a_run(value: Any) -> bool:

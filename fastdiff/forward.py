@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,12 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.capture import StepGraphs, compiled
 from fastdiff.errors import CannotCapture, OutOfMemory
+from fastdiff.fingerprint import freeze
 from fastdiff.weights import Settings, Weights
 
 Backend = str | Callable[..., Any]
 MOST_KEYS = 64  # what was made for others goes when there are more
+_CALL = "_compiled_call_impl"  # where nn.Module.compile() puts what is called
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 
 _one_at_a_time = threading.RLock()  # graphs share static memory, and tracing sets flags that a whole process sees
@@ -25,8 +28,9 @@ class Forward:
     """Calls `model` by what was compiled or captured for tensors and numbers like the ones that it is given.
 
     The key is all that dynamo's guards or a graph would have frozen: the tree of the arguments, of each tensor its
-    layout and whether it is there twice, the value of everything else; and the model's settings, which callbacks and
-    pipelines change in mid-call. All else of the model is looked at by `check()`.
+    layout and whether it is there twice, the value of everything else; the model's settings, which callbacks and
+    pipelines change in mid-call; and what a call has set on its own twin of the model, a config say. All else of the
+    model is looked at by `check()`.
     """
 
     def __init__(self, model: nn.Module, how: Literal["compiled", "graph"], backend: Backend = "inductor") -> None:
@@ -59,11 +63,11 @@ class Forward:
             if self._graphs is not None:
                 self._graphs.close()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives; never an alias of a graph's memory."""
+    def __call__(self, own: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the model's twin `own` gives; never an alias of a graph's memory."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self._device.type)
-        parts = spec, *_key(leaves), *modes
+        parts = spec, *_key(leaves), *modes, *_differences(own, self.model)
         with _one_at_a_time:
             settings, kept = self._settings.now()
             key = (*parts, settings)
@@ -73,9 +77,9 @@ class Forward:
             if len(self._made) >= MOST_KEYS:
                 self.close()
             if self._graphs is None:
-                made, output = self._compiled(args, kwargs)
+                made, output = self._compiled(_plain(own), args, kwargs)
             else:
-                made = self._captured(self._graphs, leaves, spec)
+                made = self._captured(self._graphs, _plain(own), leaves, spec)
                 output = made(*args, **kwargs)
             self.built += 1
             if self._settings.now()[0] == settings:  # else another thread set them, and nobody knows which are in it
@@ -83,10 +87,10 @@ class Forward:
             return output
 
     def _compiled(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, called: bool = False
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, called: bool = False
     ) -> tuple[Callable[..., Any], Any]:
         """The forward, compiled, and what it gives for these arguments; `called`: the model was, as it is, before."""
-        model, name = self.model, type(self.model).__name__
+        name = type(model).__name__
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
@@ -100,10 +104,12 @@ class Forward:
             if called or self._weights.changed() is None:
                 why = str(error).splitlines()[0]
                 raise CannotCapture(f"{name}.forward cannot be compiled: {why}; use mode 'eager'") from error
-        self._weights = Weights(model, self._settings)
-        return self._compiled(args, kwargs, called=True)
+        self._weights = Weights(self.model, self._settings)
+        return self._compiled(model, args, kwargs, called=True)
 
-    def _captured(self, graphs: StepGraphs, leaves: list[Any], spec: pytree.TreeSpec) -> Callable[..., Any]:
+    def _captured(
+        self, graphs: StepGraphs, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec
+    ) -> Callable[..., Any]:
         """A graph over copies of the tensors among `leaves`, all of them on the graph's device."""
         device, name, number = self._device, type(self.model).__name__, self.built
         if torch.is_autocast_enabled(device.type):
@@ -115,7 +121,7 @@ class Forward:
         outputs: list[Any] = []
 
         def step() -> None:
-            outputs[:] = [self.model(*args, **kwargs)]
+            outputs[:] = [model(*args, **kwargs)]
 
         try:
             graphs.capture(number, step)
@@ -146,8 +152,25 @@ def twin(module: nn.Module, forward: Forward | None = None) -> nn.Module:
     own = object.__new__(type(module))
     vars(own).update(vars(module))
     if forward is not None:
-        vars(own)["_compiled_call_impl"] = forward  # where nn.Module.compile() puts it
+        vars(own)[_CALL] = partial(forward, own)
     return own
+
+
+def _plain(own: nn.Module) -> nn.Module:
+    """A twin of a twin that is called as the model is."""
+    plain = twin(own)
+    vars(plain).pop(_CALL, None)
+    return plain
+
+
+def _differences(own: nn.Module, model: nn.Module) -> list[Hashable]:
+    """What a call has set on its twin since it was made; what a module holds of modules and weights both have."""
+    before = vars(model)
+    return [
+        (name, freeze(value))
+        for name, value in vars(own).items()
+        if before.get(name, own) is not value and name != _CALL
+    ]
 
 
 class _Copy:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import NumericalError
-from fastdiff.fingerprint import fingerprint, freeze
+from fastdiff.fingerprint import fingerprint, freeze, require_settled
 from fastdiff.intercept import Interception, where
 from fastdiff.stepper import Schedule, Stepper, check_scheduler, fork, latents_in, not_linear, plain_torch
 from fastdiff.table import Draw, StepTable, TableCache, prune
@@ -65,10 +65,14 @@ def tabulate(
         raise ValueError(f"num_inference_steps: expected an integer >= 1, got {steps!r}")
     named = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu} | kwargs
 
-    def build() -> StepTable:
-        return prune(probe(scheduler, Schedule.of(scheduler, begin_index, named)))
+    key = fingerprint(scheduler)
 
-    return table_cache.get((fingerprint(scheduler), freeze(begin_index), freeze(named)), build)
+    def build() -> StepTable:
+        table = prune(probe(scheduler, Schedule.of(scheduler, begin_index, named)))
+        require_settled(scheduler, key)
+        return table
+
+    return table_cache.get((key, freeze(begin_index), freeze(named)), build)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastdiff.fingerprint import Unsettled, require_settled
 from fastdiff.intercept import Interception
 from fastdiff.probe import PROOF_SHAPE, Prober, assemble, probe, table_cache
 from fastdiff.stepper import Schedule, Stepper, fork, latents_in, plain_torch
@@ -132,21 +133,31 @@ class Rehearsal:
 class Recipe:
     """What a rehearsal depends on; equal by `key` and `dtypes`."""
 
-    key: Hashable
+    key: tuple[Hashable, ...]  # the template's own first
     template: Any = field(compare=False)  # never stepped
     schedule: Schedule = field(compare=False)
     dtypes: Dtypes
 
 
-@lru_cache(maxsize=256)
 def rehearse(recipe: Recipe) -> Rehearsal | Exception:
-    """The rehearsal, or why there is none, remembered too: a step must not probe what was refused before."""
+    """The rehearsal, or why there is none."""
+    try:
+        return _rehearsed(recipe)
+    except (MemoryError, Unsettled) as error:
+        return error.with_traceback(None)
+
+
+@lru_cache(maxsize=256)
+def _rehearsed(recipe: Recipe) -> Rehearsal | Exception:
+    """What a step must not probe again: why there is none is remembered too, but for what is of the moment."""
     try:
         table = table_cache.get(("unpruned", recipe.key), lambda: probe(recipe.template, recipe.schedule))
         with plain_torch():
-            return _Walk(recipe, table).rehearsal()
-    except MemoryError:
-        raise  # it is of the moment
+            rehearsal = _Walk(recipe, table).rehearsal()
+        require_settled(recipe.template, recipe.key[0])
+        return rehearsal
+    except (MemoryError, Unsettled):
+        raise
     except Exception as refused:  # the scheduler's own step() will raise it, or run where the table cannot
         return refused.with_traceback(None)  # which would keep the walk alive
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.fingerprint import fingerprint
+from fastdiff.fingerprint import fingerprint, require_settled
 from fastdiff.intercept import Interception
 from fastdiff.probe import ProbedRow, Prober, table_cache
 from fastdiff.stepper import Schedule, Stepper, check_scheduler, not_linear, plain_torch
@@ -33,8 +33,14 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     most = int(scheduler.config.num_train_timesteps)
     if not all(0 <= t <= most for t in times):
         raise ValueError(f"timesteps: expected numbers from 0 to {most}, num_train_timesteps, got {times}")
-    key = (fingerprint(scheduler), "renoise", tuple(times))
-    return table_cache.get(key, lambda: _renoise(scheduler, times))
+    key = fingerprint(scheduler)
+
+    def build() -> StepTable:
+        table = _renoise(scheduler, times)
+        require_settled(scheduler, key)
+        return table
+
+    return table_cache.get((key, "renoise", tuple(times)), build)
 
 
 @plain_torch()

@@ -17,6 +17,7 @@ from fastdiff import stages
 from fastdiff.capture import Counters, Mode, Steps, smallest
 from fastdiff.errors import FastdiffError, NumericalError, PlanMismatch, RowsCoupled
 from fastdiff.families import Family, family_of
+from fastdiff.fingerprint import Unsettled
 from fastdiff.isolation import Certificate, certify
 from fastdiff.plan import CapturePlan
 from fastdiff.profile import Choice, Profile, choose, profile_step
@@ -169,15 +170,12 @@ class Runtime:
         """
         with self.session():
             self.steps.recapture()
-            coupled: RowsCoupled | None = None
             if self.certificate is not None:
                 try:
                     self.certificate = self._certify()
-                except RowsCoupled as error:
-                    coupled = error
-        if coupled is not None:
-            self.close()
-            raise coupled
+                except RowsCoupled:
+                    self._release()  # before anybody else comes in
+                    raise
 
     def capture(self, batch_size: int) -> None:
         """Capture a batch size that the byte budget left out, in the place of less used ones."""
@@ -191,10 +189,13 @@ class Runtime:
         """
         if hasattr(self, "slots"):
             with self.session():
-                self.steps.close()
-                if self.family.device.type == "cuda":  # memory is free for the stream that it was taken on, at once
-                    torch.cuda.synchronize(self.family.device)
-                del self.slots, self.steps
+                self._release()
+
+    def _release(self) -> None:
+        self.steps.close()
+        if self.family.device.type == "cuda":  # memory is free for the stream that it was taken on, at once
+            torch.cuda.synchronize(self.family.device)
+        del self.slots, self.steps
 
     def _check_open(self) -> None:
         if not hasattr(self, "slots"):
@@ -306,10 +307,10 @@ class Runtime:
         try:
             self._check_open()
             self._turn.prepare(self.slots)
+            return Session(self._turn, self.family, self.steps, self.slots, self._check_model)
         except BaseException:
             self._turn.give()
             raise
-        return Session(self._turn, self.family, self.steps, self.slots, self._check_model)
 
     def _check(self, request: Request) -> None:
         if not isinstance(request, Request):
@@ -326,7 +327,7 @@ class Runtime:
         try:
             return stages.table_of(self.family, request)
         except Exception as error:  # of diffusers or of the caller's own scheduler: it may be anything
-            if isinstance(error, FastdiffError) or type(error) in (TypeError, ValueError):
+            if isinstance(error, (FastdiffError, Unsettled)) or type(error) in (TypeError, ValueError):
                 raise
             asked = request.scheduler or self.family.scheduler
             name = asked if isinstance(asked, str) else type(asked).__name__

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastdiff.errors import FastdiffError
+from fastdiff.fingerprint import is_latent
 from fastdiff.intercept import Interception
 from fastdiff.position import Position, Reason, Snapshot
 from fastdiff.stepper import check_scheduler
@@ -336,7 +337,7 @@ def _template(cls: Any, before: Position) -> Any:
 def _at_rest(value: Any) -> Any:
     """A copy of an attribute without latents: a template must neither change nor keep a request's memory alive."""
     if isinstance(value, Tensor):
-        return None if value.ndim > 1 else value.detach().clone()
+        return None if is_latent(value) else value.detach().clone()
     return list(map(_at_rest, value)) if type(value) is list else copy.deepcopy(value)
 
 

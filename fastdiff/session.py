@@ -32,7 +32,7 @@ class Turn:
         self._lock = threading.Lock()
         self._holder: threading.Thread | None = None  # no number: those of threads that ended are given out again
         self._done: torch.cuda.Event | None = None  # all that was enqueued at the last `mark`
-        self._left: tuple[int, ...] = ()  # the slots of a session that was dropped open, or interrupted as it closed
+        self._left: tuple[int, ...] | None = None  # the slots of one who did not park them; its stream is not known
 
     @property
     def mine(self) -> bool:
@@ -55,20 +55,22 @@ class Turn:
         """Let the current stream wait for the other hosts', and park what they left."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        if self._left and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # its stream is not known
-        for slot in self._left:
-            slots.park(slot)
-        self._left = ()
+        if self._left is not None:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            for slot in self._left:
+                slots.park(slot)
+            self._left = None
 
     def mark(self) -> None:
         """Whichever stream the next host runs on, it waits for what is enqueued here."""
         if self._device.type == "cuda":
             self._done = torch.cuda.current_stream(self._device).record_event()
 
-    def give(self, left: tuple[int, ...] = ()) -> None:
-        """Let the next one in, who finds requests in these slots."""
-        self._left += left
+    def give(self, left: tuple[int, ...] | None = None) -> None:
+        """Let the next one in, who parks what is `left`: the slots of a host that neither did so nor marked its end."""
+        if left is not None:
+            self._left = (*(self._left or ()), *left)
         self._holder = None
         self._lock.release()
 
@@ -105,12 +107,14 @@ class Session:
     comes to it: such a tensor must stay as it is until then.
     """
 
+    _turn: Turn | None = None  # closed
+
     def __init__(self, turn: Turn, family: Family, steps: Steps, slots: Slots, check_model: Callable[[], None]) -> None:
-        self._turn: Turn | None = turn  # None: closed
         self._family, self._steps, self._slots, self._plan = family, steps, slots, slots.plan
         self._check_model = check_model
         self._occupants: dict[int, _Occupant] = {}
         self._new = False  # whether one was added since the last step
+        self._turn = turn
 
     @property
     def free(self) -> int:
@@ -199,16 +203,20 @@ class Session:
         """Cancel what still runs and let other threads in; a second call does nothing."""
         if self._turn is None:
             return
-        if not self._turn.abandoned:  # else nobody but another thread can
+        abandoned = self._turn.abandoned  # then nobody but another thread can
+        if not abandoned:
             self._check_open()
         turn, self._turn = self._turn, None
+        left: tuple[int, ...] | None = tuple(self._occupants)
+        self._occupants.clear()
         try:
-            for slot in list(self._occupants):
-                self._slots.park(slot)
-                del self._occupants[slot]
-            turn.mark()
+            if not abandoned:
+                for slot in left or ():
+                    self._slots.park(slot)
+                turn.mark()
+                left = None
         finally:
-            turn.give(tuple(self._occupants))
+            turn.give(left)
 
     def __enter__(self) -> Self:
         return self

@@ -256,16 +256,7 @@ def fork(scheduler: Any) -> Any:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """No autograd and new tensors on the CPU, whatever the caller's thread has set.
-
-    The default dtype is not a thread's own: RuntimeError if another one changed it meanwhile.
-    """
+    """No autograd and new tensors on the CPU, whatever the caller's thread has set."""
     on_cpu = torch.get_default_device().type == "cpu"  # torch.device() as a context costs 3 us an operation
-    dtype = torch.get_default_dtype()
     with torch.inference_mode(False), torch.no_grad(), nullcontext() if on_cpu else torch.device("cpu"):
         yield
-    if torch.get_default_dtype() is not dtype:
-        raise RuntimeError(
-            f"expected torch's default dtype to stay {dtype} while a scheduler is looked at, got "
-            f"{torch.get_default_dtype()}, which another thread has set; ask again"
-        )

@@ -16,9 +16,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.guiders import SkipLayerGuidance
 from torch import Tensor, nn
 
 import fastdiff
+from fastdiff.acceleration import _changes_its_models
 from fastdiff.errors import CannotCapture, NotLinear
 from fastdiff.forward import Forward, _Copy, twin
 from fastdiff.scheduler import TableScheduler
@@ -300,6 +302,28 @@ def test_a_pipeline_that_casts_its_autoencoder_takes_one_call_at_a_time() -> Non
     assert xl.vae.dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ({"unet": torch.float32, "vae": torch.float32}, False),
+        ({"unet": torch.float16, "vae": torch.float16}, True),
+        ({"unet": torch.float16, "vae": torch.float32}, True),  # for now: another call has cast it
+    ],
+)
+def test_a_cast_is_expected_by_the_models_that_stay_as_they_are(dtypes: dict[str, torch.dtype], expected: bool) -> None:
+    xl = PIPELINES["StableDiffusionXLPipeline"]()
+    for name, dtype in dtypes.items():
+        getattr(xl, name).to(dtype)
+    assert _changes_its_models(xl, []) == expected
+    assert not _changes_its_models(fastdiff.models.digits().to(torch.float16), [])
+
+
+def test_a_guider_that_hooks_into_the_model_is_eager(own: Any) -> None:
+    own.guider = SkipLayerGuidance(skip_layer_guidance_layers=[0])
+    with pytest.raises(CannotCapture, match="mode 'compiled' runs no hooks, as SkipLayerGuidance sets them"):
+        fastdiff.accelerate(own, "compiled", _backend="eager")
+
+
 def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
@@ -480,6 +504,22 @@ def test_freeu_that_a_callback_switches_is_in_the_rows_after_it(own: Any) -> Non
             assert near(image(own, callback_on_step_end=switch), switched)
 
 
+def test_a_config_that_is_changed_in_mid_call_is_in_the_rows_after_it(own: Any) -> None:
+    """As SkyReels-V2 sets how frames see each other: on the call's own twin of the model."""
+
+    def center(call: Any, row: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        call.unet.register_to_config(center_input_sample=row == 1)
+        return tensors
+
+    plain, centered = image(own), image(own, callback_on_step_end=center)
+    assert not near(centered, plain)
+    with fastdiff.accelerated(own, "compiled", _backend="eager") as handle:
+        for _ in range(2):
+            assert near(image(own), plain)
+            assert near(image(own, callback_on_step_end=center), centered)
+    assert (handle.stats.built, handle.stats.renewed) == (3, 0)  # as it came, set, and set back
+
+
 class Toy(nn.Module):
     """A model whose result depends on every kind of argument."""
 
@@ -565,17 +605,17 @@ def test_settings_are_part_of_the_key_and_a_race_for_them_leaves_none() -> None:
 
     forward = Forward(model, "compiled", backend)
     with torch.no_grad():
-        forward(x, 0)
+        forward(model, x, 0)
         for scale in (3.0, 2.0, 3.0, 2.0):
             model.processor.scale[0] = scale
-            assert torch.equal(forward(x, 0)[0], model(x, 0)[0])
+            assert torch.equal(forward(model, x, 0)[0], model(x, 0)[0])
         assert forward.built == 3  # the first was kept by nobody
         former, model.processor = model.processor, Scale()
         model.processor.scale[0] = 5.0
-        assert torch.equal(forward(x, 0)[0], model(x, 0)[0])
+        assert torch.equal(forward(model, x, 0)[0], model(x, 0)[0])
         model.processor = former
         forward.check()
-        assert torch.equal(forward(x, 0)[0], model(x, 0)[0])
+        assert torch.equal(forward(model, x, 0)[0], model(x, 0)[0])
     assert (forward.built, forward.renewed) == (4, 0)
 
 
@@ -584,22 +624,24 @@ def test_a_model_that_cannot_be_compiled_is_refused_in_one_line() -> None:
         def forward(self, sample: Tensor) -> Tensor:
             return super().forward(sample if sample.sum().item() > 0 else -sample)
 
+    model = Reads(4, 4)
     with pytest.raises(CannotCapture, match=r"^Reads.forward cannot be compiled: .*; use mode 'eager'$"):
-        Forward(Reads(4, 4), "compiled", "eager")(torch.ones(1, 4))
+        twin(model, Forward(model, "compiled", "eager"))(torch.ones(1, 4))
 
 
 def test_forgetting_is_bounded_and_seen() -> None:
     from fastdiff.forward import MOST_KEYS
 
-    forward = Forward(Toy(), "compiled", "eager")
+    model = Toy()
+    forward = Forward(model, "compiled", "eager")
     x = torch.randn(1, 4)
     with torch.no_grad():
         for scale in range(MOST_KEYS + 1):
-            forward(x, 0, scale=float(scale))
+            forward(model, x, 0, scale=float(scale))
         assert forward.built == MOST_KEYS + 1
-        forward(x, 0, scale=float(MOST_KEYS))  # the last is there
+        forward(model, x, 0, scale=float(MOST_KEYS))  # the last is there
         assert forward.built == MOST_KEYS + 1
-        forward(x, 0, scale=0.0)  # the first went with all before the last
+        forward(model, x, 0, scale=0.0)  # the first went with all before the last
     assert forward.built == MOST_KEYS + 2
 
 
@@ -658,24 +700,25 @@ def test_a_graphs_output_is_the_callers_and_its_inputs_are_taken_when_they_chang
     forward = Forward(model, "graph")
     x, t = torch.randn(2, 4, device="cuda"), torch.tensor(3.0, device="cuda")
     with torch.no_grad():
-        first = forward(x, t)[0]
+        first = forward(model, x, t)[0]
         kept = first.clone()
         x.mul_(2)  # the same tensor, another version
-        assert torch.equal(forward(x, t)[0], model(x, t)[0])
+        assert torch.equal(forward(model, x, t)[0], model(x, t)[0])
         other = x + 1
-        assert torch.equal(forward(other, t)[0], model(other, t)[0])
-        assert torch.equal(forward(x, t)[0], model(x, t)[0])
-        assert torch.equal(forward(x, torch.tensor(3.0))[0], model(x, t)[0])  # a timestep on the host
+        assert torch.equal(forward(model, other, t)[0], model(other, t)[0])
+        assert torch.equal(forward(model, x, t)[0], model(x, t)[0])
+        assert torch.equal(forward(model, x, torch.tensor(3.0))[0], model(x, t)[0])  # a timestep on the host
         assert torch.equal(first, kept)
         with torch.inference_mode():
             inner = x.clone()
-            assert torch.equal(forward(inner, t)[0], model(inner, t)[0])
+            assert torch.equal(forward(model, inner, t)[0], model(inner, t)[0])
             inner.add_(1)  # which counts no version
-            assert torch.equal(forward(inner, t)[0], model(inner, t)[0])
+            assert torch.equal(forward(model, inner, t)[0], model(inner, t)[0])
         with torch.autocast("cuda", torch.bfloat16), pytest.raises(CannotCapture, match="autocast"):
-            forward(x, t)
+            forward(model, x, t)
+        reading = HostRead().cuda()
         with pytest.raises(CannotCapture, match=r"HostRead\.forward cannot be captured.*'compiled' or 'eager'"):
-            Forward(HostRead().cuda(), "graph")(x, t)
+            twin(reading, Forward(reading, "graph"))(x, t)
 
 
 class HostRead(Toy):

@@ -292,6 +292,11 @@ def test_regions_are_compiled_for_their_own_thread_alone() -> None:
             leave[name].set()
             steps[name].result(60)
     assert called == ["other", "one"]
+    with torch.no_grad(), regions["one"], regions["other"]:
+        model.blocks[0](torch.ones(1, 5))
+        model.blocks[2].compile(backend="eager")  # meanwhile, by the user
+    assert called == ["other", "one", "other"]
+    assert vars(model.blocks[2])["_compiled_call_impl"] is not None
     assert "_compiled_call_impl" not in vars(model.blocks[0])
     assert model.blocks[1]._compiled_call_impl is mine
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +96,10 @@ def _dtype(scheduler: Any) -> None:
     scheduler.computes_in = torch.float64
 
 
+def _level(scheduler: Any) -> None:
+    scheduler.level = Fraction(1, 3)
+
+
 def _nested(scheduler: Any) -> None:
     scheduler.inner = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
 
@@ -104,8 +110,8 @@ def _function(scheduler: Any) -> None:
 
 CHANGES = (
     _in_place, _through_data, _through_numpy, _other_memory, _fewer, _replaced, _scalar, _new_attribute, _deleted,
-    _registered, _list_in_config, _numbers, _mapping, _numpy_scalar, _with_gaps, _in_words, _namespace, _dtype, _nested,
-    _function,
+    _registered, _list_in_config, _numbers, _mapping, _numpy_scalar, _with_gaps, _in_words, _namespace, _dtype,
+    _level, _nested, _function,
 )  # fmt: skip
 
 
@@ -210,6 +216,41 @@ def test_a_change_within_what_a_scheduler_holds_is_seen(change: Callable[[Any], 
     else:
         one.gains.table[2500] += 1
     assert fingerprint(one) != before
+
+
+def _itself(scheduler: Any) -> None:
+    scheduler.gains = SimpleNamespace(first=1.0, of=scheduler)
+    scheduler.gains.whole = scheduler.gains
+
+
+def _frozen_with_a_list(scheduler: Any) -> None:
+    scheduler.gains = dataclasses.make_dataclass("Gains", ["first"], frozen=True)([1.0])
+
+
+@pytest.mark.parametrize("change", [_itself, _frozen_with_a_list])
+def test_what_holds_itself_or_cannot_be_hashed_is_followed(change: Callable[[Any], None]) -> None:
+    one = scheduler()
+    change(one)
+    before = fingerprint(one)
+    assert fingerprint(one) is before
+    one.gains.__dict__["first"] = [2.0]
+    assert fingerprint(one) != before
+
+
+def test_an_object_that_equals_nothing_but_itself_is_no_data() -> None:
+    """A copy of the scheduler has another, and is the same scheduler; what refers back to it does not keep it alive."""
+
+    class Tag:
+        def __init__(self, owner: Any) -> None:
+            self.owner = owner
+
+    one = scheduler()
+    one.tag, one.generator = Tag(one), torch.Generator()
+    assert fingerprint(one) == fingerprint(scheduler())
+    alive = weakref.ref(one)
+    del one
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_shift_of_numpys_type_is_that_shift() -> None:

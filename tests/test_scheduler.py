@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
+from fastdiff import rehearsal
 from fastdiff.errors import FastdiffError, NotLinear
+from fastdiff.fingerprint import Unsettled
+from fastdiff.probe import table_cache
 from fastdiff.rehearsal import same
 from fastdiff.scheduler import TableScheduler, table_scheduler, table_scheduler_class
 from tests import oracle
@@ -1074,3 +1077,24 @@ def test_noise_that_is_added_before_the_first_row_sets_its_index(name: str, begi
             sample = scheduler.step(torch.sin(sample), t, sample).prev_sample
         made.append(sample)
     torch.testing.assert_close(made[1], made[0])
+
+
+@pytest.mark.parametrize("error", [Unsettled("ask again"), MemoryError()])
+def test_why_there_was_no_rehearsal_is_forgotten_where_it_was_of_the_moment(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """One call falls back, and says so; the next one has its table."""
+
+    def disturbed(*args: Any) -> Any:
+        raise error
+
+    table_cache.clear()
+    sample, handles = torch.ones(1, 2, 2, 2), [fastdiff.table_scheduler(diffusers.LCMScheduler()) for _ in range(2)]
+    for handle in handles:
+        handle.set_timesteps(3, original_inference_steps=30 + len(str(error)))
+    monkeypatch.setattr(rehearsal, "probe", disturbed)
+    with pytest.warns(UserWarning, match="its own step"):
+        handles[0].step(sample, handles[0].timesteps[0], sample, generator=torch.Generator())
+    monkeypatch.undo()
+    handles[1].step(sample, handles[1].timesteps[0], sample, generator=torch.Generator())
+    assert [handle.stats for handle in handles] == [(0, 1), (1, 0)]

@@ -17,7 +17,7 @@ import fastdiff
 import fastdiff.session as session_module
 from fastdiff import PlanMismatch, Request, RequestState, Runtime, Session, StaleGraph, stages
 from fastdiff.capture import Steps
-from fastdiff.session import _Occupant
+from fastdiff.session import Turn, _Occupant
 from fastdiff.slots import Slots
 from fastdiff.table import pack
 from tests.conftest import table
@@ -242,7 +242,17 @@ def test_a_session_that_is_interrupted_as_it_closes_lets_the_next_one_in(
     with pytest.raises(KeyboardInterrupt):
         session.close()
     runtime.session().close()
-    assert parked == [0, 1, 1, 2]
+    assert parked == [0, 1, 0, 1, 2]
+
+
+def test_hosts_that_cannot_be_ordered_by_an_event_are_waited_for() -> None:
+    """Those that were dropped, with nothing in the slots even, and those whose thread ended before they closed."""
+    turn = Turn(torch.device("cpu"))
+    for left in (None, (), (1,)):
+        turn.take()
+        turn.give(left)
+        assert turn._left == left
+        turn._left = None
 
 
 @pytest.mark.parametrize("where", ["drawn", "put"])

@@ -17,7 +17,7 @@ from fastdiff.bench import files, suite
 from fastdiff.bench.arms import Workbench, requests_of, served
 from fastdiff.bench.rows import RowBench, count_steps, count_tables
 from fastdiff.bench.suite import CountCase, RowCase
-from fastdiff.bench.vram import live_tensors, storage_bytes, syncs, vram_peak
+from fastdiff.bench.vram import count_syncs, live_tensors, storage_bytes, vram_peak
 from fastdiff.bench.worker import counted
 from fastdiff.capture import own_code, step_function
 from fastdiff.plan import CapturePlan, shipped
@@ -212,7 +212,7 @@ def _rows_on_cuda(bench: Workbench) -> Iterator[Figure]:
     for n in BATCHES:
         profile = eager.profile(n)  # and warm from here on
         yield f"ops per row: model, batch {n}", profile.operations
-        yield f"host syncs per row: model, batch {n}", syncs(partial(eager.steps, n))
+        yield f"host syncs per row: model, batch {n}", count_syncs(partial(eager.steps, n))
         allocated = torch.cuda.memory_allocated(bench.device)
         peak_bytes = vram_peak(bench.device, partial(eager.steps, n))
         assert peak_bytes is not None

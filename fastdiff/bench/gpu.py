@@ -62,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure what the journal lacks, write and print the report; 0, or 4 where a cell failed or was not reached."""
+    """Measure what the journal lacks, write and print the report.
+
+    0; 4 where a cell failed or was not reached; else 1 where a CUDA test failed.
+    """
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(_place(options.device), options.tiny, options.out)
     if not settings.on_cuda and not settings.tiny and not options.list:
@@ -104,8 +107,11 @@ def main(options: argparse.Namespace) -> int:
         report = markdown(journal.read())
         (options.out / "report.md").write_text(report, encoding="utf-8")
         sys.stdout.write(report)
-    ended = outcomes(journal.read())
-    return 0 if all(ended.get(cell.name) in MEASURED for cell in cells) else 4
+    records = journal.read()
+    ended, tested = outcomes(records), [one["entry"] for one in records if one.get("entry", {}).get("kind") == "tests"]
+    if not all(ended.get(cell.name) in MEASURED for cell in cells):
+        return 4
+    return 1 if tested and tested[-1]["failures"] else 0
 
 
 def _place(name: str) -> torch.device:
@@ -173,6 +179,7 @@ def run(
         if left_s <= 0:
             return
         if math.isfinite(cell.max_s) and left_s < cell.max_s / 2:
+            sys.stderr.write(f"{cell.tier}  {cell.name}: not begun, {left_s:.0f} s are too few\n")
             continue  # it would be cut; a shorter one may yet fit
         started = time.perf_counter()
         if apart is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.bench.loop import Loop
 from fastdiff.bench.measure import Block, Sample, StopRule, Stopwatch, interleave, worse
-from fastdiff.bench.vram import syncs
+from fastdiff.bench.vram import count_syncs
 from fastdiff.capture import Built, StepGraphs
 from fastdiff.models.geometries import Inputs
 from fastdiff.probe import tabulate
@@ -241,7 +241,7 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 class RowSample(Sample):
     """One schedule of one arm, per row: `total_s` by the device's clock, or the host's where there is no other."""
 
-    host_s: float = 0.0  # to enqueue it: the first call's, before which the device has nothing to do, so nobody waits
+    host_s: float = 0.0  # to enqueue it: a schedule's second call, before which the device has nothing to do
     start_s: float = 0.0  # before the first row, all requests together
 
 
@@ -311,18 +311,32 @@ def _block(arm: Arm, work: Work, errors: dict[str, float]) -> Block:
             row_s = host_s = rows_watch.seconds / rows
         else:
             begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            started = time.perf_counter()
             begun.record()
-            arm.run(arm.rows_per_call)
-            host_s = (time.perf_counter() - started) / arm.rows_per_call
-            arm.run(rows - arm.rows_per_call)
+            arm.run(rows)
             ended.record()
             ended.synchronize()
             row_s = begun.elapsed_time(ended) / 1e3 / rows
         errors[arm.name] = worse(errors[arm.name], arm.error())
+        if device.type == "cuda":
+            host_s = _host_s(arm)
         return RowSample(row_s, host_s=host_s, start_s=setup.seconds)
 
     return block
+
+
+def _host_s(arm: Arm) -> float:
+    """How long the host takes to enqueue a row, with nothing under way that it would have to wait for.
+
+    Not the first one: schedulers look for their place then, and know no earlier row that a corrector would go by.
+    """
+    arm.start()
+    arm.run(arm.rows_per_call)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    arm.run(arm.rows_per_call)
+    seconds = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return seconds / arm.rows_per_call
 
 
 def observe(arms: Sequence[Arm], work: Work) -> Entry:
@@ -363,7 +377,7 @@ def _observe(arm: Arm, work: Work) -> Entry:
     arm.start()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
-    waited = syncs(partial(arm.run, work.steps))
+    waited = count_syncs(partial(arm.run, work.steps))
     return {
         # Per row; a graph's kernels are counted one by one. None where the profiler may not read the device.
         "launches": len(kernels) / traced_rows if kernels else None,

@@ -121,7 +121,7 @@ def vram_peak(device: torch.device, work: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def syncs(work: Callable[[], object]) -> int:
+def count_syncs(work: Callable[[], object]) -> int:
     """How often the host waited for a CUDA device while `work` ran, as torch warns of it."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

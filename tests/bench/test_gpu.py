@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.bench import gpu_suite, selftest
+from fastdiff.bench import gpu, gpu_suite, selftest
 from fastdiff.bench.gpu import (
     Cell,
     Journal,
@@ -578,6 +578,18 @@ def test_test_results_are_read_with_every_failure() -> None:
     page = markdown(records_of("CUDA tests", {"kind": "tests", "seconds": 3.0, "code": 1, "log_tail": [], **read}))
     assert lines_with(page, "| CUDA tests |", "1 passed, 2 failed, 1 skipped", "**not met**")
     assert "- a.bad: assert 1 == 2" in page
+
+
+def test_a_cuda_test_that_failed_is_in_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"kind": "tests", "seconds": 1.0, "code": 1, "passed": 1, "skipped": 0, "log_tail": []}
+    for failures, expected in (([{"test": "a.bad", "message": "no"}], 1), ([], 0)):
+        tests = replace(cell("CUDA tests", {**entry, "failures": failures}), tier="A")
+        monkeypatch.setattr(gpu, "cells_of", lambda tiers, settings, tests=tests: [tests])
+        place = tmp_path / str(expected)
+        assert main(parsed("--tiny", "--device", "cpu", "--out", str(place))) == expected
+    assert "a.bad: no" in capsys.readouterr().out
 
 
 def test_make_takes_no_setting_of_the_environments() -> None:

@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback
+from diffusers.guiders import AdaptiveProjectedMixGuidance
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -347,9 +348,36 @@ def animated(pipe: Any, seed: int) -> Tensor:
     return frames
 
 
+def hunyuan_image() -> Any:
+    """Whose guider counts the rows, and keeps a momentum."""
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=WIDTH, text_embed_2_dim=WIDTH,
+        rope_axes_dim=(8, 8), guidance_embeds=False,
+    )  # fmt: skip
+    guider = AdaptiveProjectedMixGuidance(
+        guidance_scale=4.0, adaptive_projected_guidance_start_step=2, adaptive_projected_guidance_scale=10.0
+    )
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    sampler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return filled(diffusers.HunyuanImagePipeline(transformer=transformer, guider=guider, scheduler=sampler, **nothing))
+
+
+def guided(pipe: Any, steps: int) -> Tensor:
+    embeds, mask = torch.ones(1, 6, WIDTH), torch.ones(1, 6).long()
+    sides = {"prompt_embeds": 1, "prompt_embeds_2": 2, "negative_prompt_embeds": -1, "negative_prompt_embeds_2": -2}
+    masks = dict.fromkeys([name.replace("embeds", "embeds_mask") for name in sides], mask)
+    latents: Tensor = pipe(
+        **{name: side * embeds for name, side in sides.items()}, **masks, height=256, width=256,
+        num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="latent",
+    ).images  # fmt: skip
+    return latents
+
+
 @pytest.mark.parametrize(
     ("built", "call", "asked"),
     [
+        (hunyuan_image, guided, [(5,), (7,)]),
         (gligen, lambda pipe, beta: image(pipe, **BOXED, gligen_scheduled_sampling_beta=beta), [(0.25,), (1.0,)]),
         (ledits, edited, [(["a one", "zz"], 3.0), (["seven"], 9.0)]),
         (easy_animate, animated, [(0,), (1,)]),
