@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,9 +65,9 @@ def tiny_folder(tiny_pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    """`run` sets torch's threads, as the command does; a test gives them back."""
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """Commands set torch's threads, also those that then refuse; with another number other tests have other bits."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -96,7 +96,6 @@ def compare(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    one_thread: Any,
 ) -> Callable[..., tuple[int, str, dict[str, Any]]]:
     """Runs `ab` against the planted branch: its exit code, its page and its report. Nothing of it stays."""
 

@@ -634,7 +634,7 @@ def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_on_a_cpu_and_a_second_one_that_finds_nothing_to_do(
-    shorter: None, one_thread: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shorter: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--device", "cpu", "--tiny", "--out", str(tmp_path))
     assert main(parsed(*options)) == 0

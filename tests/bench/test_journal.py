@@ -107,7 +107,7 @@ def pieces_of(place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def there(place: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
 
 

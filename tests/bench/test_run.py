@@ -42,7 +42,6 @@ def fates_of(pipe: Any, samplers: tuple[str, ...], arm_names: tuple[str, ...]) -
     }
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_racing_requests_raise_for_euler_and_are_silently_wrong_for_pndm(tiny_pipe: Any) -> None:
     fates = fates_of(tiny_pipe, ("Euler", "PNDM", "DDIM"), ("shared-racing",))
     assert fates["Euler", "concurrent-equal", "shared-racing"] == ["raised IndexError"] * 2
@@ -51,7 +50,6 @@ def test_racing_requests_raise_for_euler_and_are_silently_wrong_for_pndm(tiny_pi
     assert "silently wrong" in fates["DDIM", "concurrent-mixed", "shared-racing"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_every_other_arm_gets_interleaved_requests_right(tiny_pipe: Any) -> None:
     safe = ("shared-locked", "cloned-deepcopy", "cloned-shallow", "tensorized")
     fates = fates_of(tiny_pipe, ("PNDM", "EulerAncestral"), safe)
@@ -109,7 +107,6 @@ def around(raw: dict[str, Any]) -> dict[str, Any]:
     return {**report, "summary": summarize(report)}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
 def test_a_pipeline_with_a_schedule_and_latents_of_its_own_is_measured(name: str) -> None:
     """Both shift their schedule by the image's size and pack their latents."""
@@ -120,7 +117,6 @@ def test_a_pipeline_with_a_schedule_and_latents_of_its_own_is_measured(name: str
     assert [arm["status"] for arm in raw["images"][0]["arms"].values()] == ["ok"] * 3
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_an_arm_that_cannot_run_fails_alone_and_is_told(tiny_pipe: Any) -> None:
     """As where a model cannot be captured; here, for want of a device."""
     (image,) = IMAGE_SUITE["image"]
@@ -144,7 +140,6 @@ def test_an_arm_that_cannot_run_fails_alone_and_is_told(tiny_pipe: Any) -> None:
     assert len(raw["unsupported"]) == 1
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_every_ownership_gives_the_image_of_the_request_alone(tiny_pipe: Any) -> None:
     raw = measured(tiny_pipe, parse(IMAGE_SUITE))
     found = raw["images"][0]["arms"]
@@ -158,7 +153,6 @@ def test_every_ownership_gives_the_image_of_the_request_alone(tiny_pipe: Any) ->
     assert "toy model" in markdown(report)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_fast_wrong_answer_is_invalid(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(template: Any) -> Any:
         clone = copy.deepcopy(template)
@@ -178,7 +172,6 @@ def test_a_fast_wrong_answer_is_invalid(tiny_pipe: Any, monkeypatch: pytest.Monk
     assert "INVALID: a wrong answer" in markdown(report)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("section", ["images", "rows"])
 def test_an_answer_that_goes_wrong_while_it_is_timed_is_invalid(
     section: str, tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +284,6 @@ def test_every_run_carries_its_canaries_and_its_exact_figures(quick: Path) -> No
     assert report["gates"]["changes"] is None  # the baseline is the shipped model's, and this is another
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_gates_on_the_committed_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,7 +327,6 @@ def test_a_timed_piece_brings_the_canaries_along() -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.usefixtures("one_thread")
 def test_a_first_call_is_cold_with_an_empty_cache_and_warm_with_a_full_one(
     tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +343,6 @@ def test_a_first_call_is_cold_with_an_empty_cache_and_warm_with_a_full_one(
         torch._dynamo.reset()  # or the second would find the first one's code in this process
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_cannot_run_is_listed_with_its_reason_and_the_rest_runs(tiny_pipe: Any) -> None:
     suite = {
         "threads": 1,

@@ -110,7 +110,7 @@ def test_trials_that_no_verdict_could_be_given_on_do_not_pass() -> None:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_thread: Any) -> None:
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two trials of a moment each, too short for any verdict but INVALID."""
     monkeypatch.chdir(tmp_path)
     for length in ("FULL", "QUICK"):
