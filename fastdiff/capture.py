@@ -22,7 +22,7 @@ from fastdiff.errors import CannotCapture, OutOfMemory, PlanMismatch, StaleGraph
 from fastdiff.plan import Compile
 from fastdiff.slots import Batch, Row, Slots
 from fastdiff.step import denoise_step, update
-from fastdiff.weights import Weights
+from fastdiff.weights import CALL, Weights
 
 Mode = Literal["eager", "compiled", "step-graph", "loop-graph"]
 GRAPH_MODES = ("step-graph", "loop-graph")
@@ -258,9 +258,9 @@ class Regions:
     def __enter__(self) -> None:
         with self._placing:
             for block in self._calls:
-                call = vars(block).get("_compiled_call_impl")  # where nn.Module.compile() puts it
+                call = vars(block).get(CALL)
                 if not isinstance(call, _Call):
-                    call = vars(block)["_compiled_call_impl"] = _Call(block, former=call)
+                    call = vars(block)[CALL] = _Call(block, former=call)
                 call.users += 1
         self._outside = getattr(self._mine, "calls", None)
         self._mine.calls = self._calls
@@ -271,14 +271,16 @@ class Regions:
         self._mine.calls = self._outside
         with self._placing:
             for block in self._calls:
-                call = vars(block).get("_compiled_call_impl")
+                call = vars(block).get(CALL)
                 if not isinstance(call, _Call):  # the user compiled it meanwhile
                     continue
                 call.users -= 1
-                if not call.users and call.former is None:
-                    del vars(block)["_compiled_call_impl"]
-                elif not call.users:
-                    vars(block)["_compiled_call_impl"] = call.former
+                if call.users:
+                    continue
+                if call.former is None:
+                    del vars(block)[CALL]
+                else:
+                    vars(block)[CALL] = call.former
 
 
 @dataclass

@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)  # of which torch makes each once, as enums do
@@ -125,13 +127,19 @@ class Unsettled(RuntimeError):
     """Something changed a scheduler, or the process's default dtype, while the scheduler was looked at: ask again."""
 
 
-def require_settled(scheduler: Any, key: Hashable) -> None:
-    """Raise Unsettled unless `key` is still the scheduler's."""
-    if fingerprint(scheduler) != key:
-        raise Unsettled(
-            f"expected {type(scheduler).__name__} and torch's default dtype to stay as they are while its rows are "
-            "made, but another thread changed one of them: ask again"
-        )
+def settled(scheduler: Any, key: Hashable, build: Callable[[], T]) -> Callable[[], T]:
+    """`build`, which raises Unsettled unless `key` is still the scheduler's afterwards: no cache must keep the rest."""
+
+    def built() -> T:
+        made = build()
+        if fingerprint(scheduler) != key:
+            raise Unsettled(
+                f"expected {type(scheduler).__name__} and torch's default dtype to stay as they are while its rows are "
+                "made, but another thread changed one of them: ask again"
+            )
+        return made
+
+    return built
 
 
 class _Watched(NamedTuple):

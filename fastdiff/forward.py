@@ -14,11 +14,10 @@ from torch.utils import _pytree as pytree
 from fastdiff.capture import StepGraphs, compiled
 from fastdiff.errors import CannotCapture, OutOfMemory
 from fastdiff.fingerprint import freeze
-from fastdiff.weights import Settings, Weights
+from fastdiff.weights import CALL, Settings, Weights
 
 Backend = str | Callable[..., Any]
 MOST_KEYS = 64  # what was made for others goes when there are more
-_CALL = "_compiled_call_impl"  # where nn.Module.compile() puts what is called
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 
 _one_at_a_time = threading.RLock()  # graphs share static memory, and tracing sets flags that a whole process sees
@@ -152,14 +151,14 @@ def twin(module: nn.Module, forward: Forward | None = None) -> nn.Module:
     own = object.__new__(type(module))
     vars(own).update(vars(module))
     if forward is not None:
-        vars(own)[_CALL] = partial(forward, own)
+        vars(own)[CALL] = partial(forward, own)
     return own
 
 
 def _plain(own: nn.Module) -> nn.Module:
     """A twin of a twin that is called as the model is."""
     plain = twin(own)
-    vars(plain).pop(_CALL, None)
+    vars(plain).pop(CALL, None)
     return plain
 
 
@@ -169,7 +168,7 @@ def _differences(own: nn.Module, model: nn.Module) -> list[Hashable]:
     return [
         (name, freeze(value))
         for name, value in vars(own).items()
-        if before.get(name, own) is not value and name != _CALL
+        if before.get(name, own) is not value and name != CALL
     ]
 
 

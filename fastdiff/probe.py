@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import NumericalError
-from fastdiff.fingerprint import fingerprint, freeze, require_settled
+from fastdiff.fingerprint import fingerprint, freeze, settled
 from fastdiff.intercept import Interception, where
 from fastdiff.stepper import Schedule, Stepper, check_scheduler, fork, latents_in, not_linear, plain_torch
 from fastdiff.table import Draw, StepTable, TableCache, prune
@@ -68,11 +68,9 @@ def tabulate(
     key = fingerprint(scheduler)
 
     def build() -> StepTable:
-        table = prune(probe(scheduler, Schedule.of(scheduler, begin_index, named)))
-        require_settled(scheduler, key)
-        return table
+        return prune(probe(scheduler, Schedule.of(scheduler, begin_index, named)))
 
-    return table_cache.get((key, freeze(begin_index), freeze(named)), build)
+    return table_cache.get((key, freeze(begin_index), freeze(named)), settled(scheduler, key, build))
 
 
 @dataclass

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastdiff.fingerprint import Unsettled, require_settled
+from fastdiff.fingerprint import Unsettled, settled
 from fastdiff.intercept import Interception
 from fastdiff.probe import PROOF_SHAPE, Prober, assemble, probe, table_cache
 from fastdiff.stepper import Schedule, Stepper, fork, latents_in, plain_torch
@@ -151,11 +151,10 @@ def rehearse(recipe: Recipe) -> Rehearsal | Exception:
 def _rehearsed(recipe: Recipe) -> Rehearsal | Exception:
     """What a step must not probe again: why there is none is remembered too, but for what is of the moment."""
     try:
-        table = table_cache.get(("unpruned", recipe.key), lambda: probe(recipe.template, recipe.schedule))
+        of = partial(settled, recipe.template, recipe.key[0])
+        table = table_cache.get(("unpruned", recipe.key), of(lambda: probe(recipe.template, recipe.schedule)))
         with plain_torch():
-            rehearsal = _Walk(recipe, table).rehearsal()
-        require_settled(recipe.template, recipe.key[0])
-        return rehearsal
+            return of(_Walk(recipe, table).rehearsal)()
     except (MemoryError, Unsettled):
         raise
     except Exception as refused:  # the scheduler's own step() will raise it, or run where the table cannot

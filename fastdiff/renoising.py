@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.fingerprint import fingerprint, require_settled
+from fastdiff.fingerprint import fingerprint, settled
 from fastdiff.intercept import Interception
 from fastdiff.probe import ProbedRow, Prober, table_cache
 from fastdiff.stepper import Schedule, Stepper, check_scheduler, not_linear, plain_torch
@@ -34,13 +34,7 @@ def renoise(scheduler: Any, timesteps: Sequence[float]) -> StepTable:
     if not all(0 <= t <= most for t in times):
         raise ValueError(f"timesteps: expected numbers from 0 to {most}, num_train_timesteps, got {times}")
     key = fingerprint(scheduler)
-
-    def build() -> StepTable:
-        table = _renoise(scheduler, times)
-        require_settled(scheduler, key)
-        return table
-
-    return table_cache.get((key, "renoise", tuple(times)), build)
+    return table_cache.get((key, "renoise", tuple(times)), settled(scheduler, key, lambda: _renoise(scheduler, times)))
 
 
 @plain_torch()

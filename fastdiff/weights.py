@@ -19,9 +19,9 @@ from torch import Tensor, nn
 _SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _TREE = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_CALL = "_compiled_call_impl"  # a module's own function, compiled: by nn.Module.compile(), or during somebody's step
+CALL = "_compiled_call_impl"  # a module's own function, compiled: by nn.Module.compile(), or during somebody's step
 _SEEN = {"training", *_TREE, *_HOOKS}
-_OF_TORCH = frozenset(vars(nn.Module())) - _SEEN | {_CALL}  # gradients, state dicts: no forward sees them
+_OF_TORCH = frozenset(vars(nn.Module())) - _SEEN | {CALL}  # gradients, state dicts: no forward sees them
 _FREEU = ("s1", "s2", "b1", "b2")  # of a UNet's up blocks, where `enable_freeu` puts them
 _ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of a layer of peft
 
@@ -144,7 +144,7 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def _count(attributes: dict[str, Any]) -> int:
-    return len(attributes) - (_CALL in attributes)
+    return len(attributes) - (CALL in attributes)
 
 
 def _is_setting(value: Any) -> bool:

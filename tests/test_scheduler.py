@@ -24,7 +24,7 @@ import fastdiff
 from fastdiff import rehearsal
 from fastdiff.errors import FastdiffError, NotLinear
 from fastdiff.fingerprint import Unsettled
-from fastdiff.probe import table_cache
+from fastdiff.probe import probe, table_cache
 from fastdiff.rehearsal import same
 from fastdiff.scheduler import TableScheduler, table_scheduler, table_scheduler_class
 from tests import oracle
@@ -1097,4 +1097,28 @@ def test_why_there_was_no_rehearsal_is_forgotten_where_it_was_of_the_moment(
         handles[0].step(sample, handles[0].timesteps[0], sample, generator=torch.Generator())
     monkeypatch.undo()
     handles[1].step(sample, handles[1].timesteps[0], sample, generator=torch.Generator())
+    assert [handle.stats for handle in handles] == [(0, 1), (1, 0)]
+
+
+def test_a_table_that_was_made_while_the_default_dtype_changed_is_in_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the unpruned one, of which a rehearsal goes on."""
+
+    def disturbed(*args: Any) -> Any:
+        torch.set_default_dtype(torch.bfloat16)
+        return rightly(*args)
+
+    table_cache.clear()
+    rightly, sample = probe, torch.ones(1, 2, 2, 2)
+    original, *handles = diffusers.LCMScheduler(), *(table_scheduler(diffusers.LCMScheduler()) for _ in range(2))
+    for scheduler in (original, *handles):
+        scheduler.set_timesteps(1, original_inference_steps=41)
+    monkeypatch.setattr(rehearsal, "probe", disturbed)
+    try:
+        with pytest.warns(UserWarning, match="its own step"):
+            handles[0].step(sample, handles[0].timesteps[0], sample)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    monkeypatch.undo()
+    expected, made = (one.step(sample, one.timesteps[0], sample).prev_sample for one in (original, handles[1]))
+    torch.testing.assert_close(made, expected)
     assert [handle.stats for handle in handles] == [(0, 1), (1, 0)]
